@@ -1,0 +1,1 @@
+"""What the pruned model can still do, measured beside its parent."""

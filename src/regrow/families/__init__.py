@@ -1,0 +1,1 @@
+"""One declarative spec per architecture family."""

@@ -1,0 +1,1 @@
+"""Loading models, their final hidden states, and batched generation."""

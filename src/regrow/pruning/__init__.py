@@ -1,0 +1,1 @@
+"""Calibrate, score, select, refit, rewrite."""

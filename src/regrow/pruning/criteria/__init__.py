@@ -1,0 +1,1 @@
+"""Channel scores: one pure file each."""

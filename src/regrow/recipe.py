@@ -1,0 +1,249 @@
+"""The recipe: everything a run depends on, as one YAML file. Imports no torch.
+
+Unknown keys are refused, so a typing error cannot silently leave a default in force.
+"""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from regrow.errors import UserError
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class Section(BaseModel):
+    """A part of the recipe; keys that it does not know are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Corpus(Section):
+    """One source of text and its share of the blend.
+
+    `source` is a local json/jsonl/parquet file, a Hub dataset id, or `builtin:<name>` for text shipped with
+    regrow. Rows are instruction/input/output (alpaca), messages, or plain text.
+    """
+
+    source: str
+    split: str = "train"
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    limit: Positive | None = None
+
+
+class Calibrate(Section):
+    """How the statistics of the channels are gathered."""
+
+    num_tokens: Positive = 65_536
+    batch_size: Positive = 8
+    correlations: bool = True
+    method: Literal["in_memory", "layerwise"] = "in_memory"
+    held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.125
+
+
+class Prune(Section):
+    """Which channels go, and how the pruned checkpoint is written."""
+
+    width: Positive
+    step: Positive = 128
+    criterion: str = "obs"
+    refit: bool = True
+    mtp: Literal["prune", "drop"] = "prune"
+    shards: Positive | None = None
+    max_shard_size: str | None = None
+
+    @model_validator(mode="after")
+    def _width_fits(self) -> "Prune":
+        if self.width % self.step:
+            raise ValueError(f"width {self.width} is no multiple of step {self.step}; change one of them")
+        if self.shards is not None and self.max_shard_size is not None:
+            raise ValueError("shards and max_shard_size exclude each other; keep one")
+        return self
+
+
+class Training(Section):
+    """What distillation and recovery have in common."""
+
+    max_steps: Positive
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl"] = "forward_kl"
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    tokens: Literal["all", "response"] = "all"
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_fraction: Fraction = 0.05
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    batch_tokens: Positive = 2_048
+    gradient_accumulation_steps: Positive = 1
+    gradient_checkpointing: bool = False
+    precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
+    optimizer: str = "adamw_torch"
+    teacher: Literal["live", "cached"] = "live"
+    loss_chunk_tokens: Positive | None = None
+    eval_steps: Positive | None = None
+    save_steps: Positive | None = None
+    select_best: bool = True
+    on_spike: Literal["stop", "skip"] = "stop"
+    logging_steps: Positive = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+
+
+class Distill(Training):
+    """Distillation of the pruned model from its parent."""
+
+    train: Literal["mlp", "all_but_embeddings"] = "all_but_embeddings"
+
+
+class Recover(Training):
+    """LoRA recovery with the same loss, merged into the weights."""
+
+    rank: Positive = 32
+    alpha: Positive = 64
+    dropout: Fraction = 0.0
+    targets: tuple[str, ...] = (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    )
+    linear_attention: bool = False
+
+
+class IfevalOptions(Section):
+    """How IFEval (or a development set with the same checkers) is generated and scored.
+
+    `prompts` is a local jsonl file, a Hub dataset id, or `builtin:dev` for the project's own development set.
+    """
+
+    prompts: str = "google/IFEval"
+    max_new_tokens: Positive = 1_280
+    batch_size: Positive = 32
+    limit: Positive | None = None
+
+
+class LatencyOptions(Section):
+    """Prompt and generation length for the speed measurement."""
+
+    prompt_tokens: Positive = 256
+    new_tokens: Positive = 64
+    repeats: Positive = 3
+
+
+class Evaluate(Section):
+    """What is measured on the teacher and the student."""
+
+    benchmarks: tuple[Literal["fidelity", "ifeval", "latency"], ...] = ("fidelity", "ifeval", "latency")
+    each_stage: bool = True
+    batch_size: Positive = 8
+    num_rows: Positive | None = None
+    ifeval: IfevalOptions = IfevalOptions()
+    latency: LatencyOptions = LatencyOptions()
+
+
+class Report(Section):
+    """What only a person can say about the published model."""
+
+    model_id: str | None = None
+    authors: str | None = None
+    push_to_hub: bool = False
+
+
+class Recipe(Section):
+    """One run, from parent checkpoint to model card."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    seed: int = 0
+    sequence_length: Positive = 1_024
+    enable_thinking: bool | None = None
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    corpora: Annotated[tuple[Corpus, ...], Field(min_length=1)]
+    held_out: Corpus
+    calibrate: Calibrate = Calibrate()
+    prune: Prune
+    distill: Distill | None = None
+    recover: Recover | None = None
+    evaluate: Evaluate = Evaluate()
+    report: Report = Report()
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
+
+    Raises:
+        UserError: the file is missing or no YAML, an override is malformed, or the schema refuses a value;
+            the message names the key.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not UTF-8 text"
+        raise UserError(f"The recipe {path} cannot be read ({reason}); check the path.") from None
+    try:
+        value = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        where = getattr(error, "problem_mark", None)
+        line = f" at line {where.line + 1}" if where else ""
+        raise UserError(f"The recipe {path} is not valid YAML{line}; mend its syntax.") from None
+    if not isinstance(value, dict):
+        raise UserError(f"The recipe {path} holds no keys; start from one of the shipped recipes.")
+    for override in overrides or []:
+        _apply_override(value, override)
+    return parse_recipe(value, str(path))
+
+
+def parse_recipe(value: dict[str, Any], where: str) -> Recipe:
+    """Validate a recipe that is already a dictionary; `where` names it in messages."""
+    try:
+        return Recipe.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(str(part) for part in first["loc"]) or "recipe"
+        if first["type"] == "extra_forbidden":
+            problem = "is no key of a recipe; check its spelling"
+        elif first["type"] == "missing":
+            problem = "is missing; add it"
+        else:
+            problem = first["msg"].removeprefix("Value error, ")
+            problem = f"{problem[0].lower()}{problem[1:]} (given: {first['input']!r:.80})"
+        more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
+        raise UserError(f"{where}: {key}: {problem}{more}.") from None
+
+
+def _apply_override(recipe: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise UserError(f"--set {override!r} is not of the form key=value, e.g. --set prune.width=7680.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override!r}: the value is not valid YAML; quote it.") from None
+    *parents, last = key.split(".")
+    node: Any = recipe
+    for part in parents:
+        node = _child(node, part, override)
+    if isinstance(node, list):
+        _child(node, last, override)
+        node[int(last)] = value
+    else:
+        node[last] = value
+
+
+def _child(node: Any, part: str, override: str) -> Any:
+    if isinstance(node, list):
+        if not part.isdigit() or int(part) >= len(node):
+            raise UserError(f"--set {override!r}: {part!r} is no position in a list of {len(node)}.")
+        return node[int(part)]
+    if node.get(part) is None:
+        node[part] = {}
+    if not isinstance(node[part], dict | list):
+        raise UserError(f"--set {override!r}: {part!r} holds a plain value, not further keys.")
+    return node[part]

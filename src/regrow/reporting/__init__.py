@@ -1,0 +1,1 @@
+"""From results to plots, one HTML page and the model card."""

@@ -1,0 +1,1 @@
+"""The teacher-written corpus."""

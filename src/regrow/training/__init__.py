@@ -1,0 +1,1 @@
+"""Distillation and LoRA recovery on the ecosystem's trainer."""
