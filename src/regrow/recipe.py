@@ -196,7 +196,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     if not isinstance(value, dict):
         raise UserError(f"The recipe {path} holds no keys; start from one of the shipped recipes.")
     for override in overrides or []:
-        _apply_override(value, override)
+        apply_override(value, override)
     return parse_recipe(value, str(path))
 
 
@@ -218,7 +218,12 @@ def parse_recipe(value: dict[str, Any], where: str) -> Recipe:
         raise UserError(f"{where}: {key}: {problem}{more}.") from None
 
 
-def _apply_override(recipe: dict[str, Any], override: str) -> None:
+def apply_override(recipe: dict[str, Any], override: str) -> None:
+    """Set one dotted key of an unvalidated recipe, in place.
+
+    Raises:
+        UserError: the override is not `key=value`, or its key runs through a plain value.
+    """
     key, separator, text = override.partition("=")
     if not separator or not key:
         raise UserError(f"--set {override!r} is not of the form key=value, e.g. --set prune.width=7680.")

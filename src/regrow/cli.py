@@ -1,0 +1,414 @@
+"""The verbs. Thin: each parses its arguments, calls one function, prints what came back.
+
+Heavy imports are inside the verbs, so that `--help` answers at once.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from regrow.errors import RegrowError, UserError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Prune a language model's MLPs and regrow its ability.",
+)
+
+Model = Annotated[str, typer.Argument(help="Local folder, Hub id, or builtin:<name>.")]
+Out = Annotated[Path, typer.Option("--out", help="New folder (or file) for the result.")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model ships.")]
+CorpusFiles = Annotated[
+    list[str],
+    typer.Option("--corpus", help="json/jsonl/parquet file, Hub dataset, or builtin:<name>; repeatable."),
+]
+Length = Annotated[int, typer.Option("--sequence-length", help="Tokens after which a row is truncated.")]
+Thinking = Annotated[
+    bool | None,
+    typer.Option("--thinking/--no-thinking", help="Chat template's thinking mode, where it has one."),
+]
+
+
+def main() -> None:
+    """Entry point: explained failures become one sentence and an exit code."""
+    try:
+        app(standalone_mode=True)
+    except RegrowError as error:
+        print(f"regrow: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("regrow: interrupted; the same command goes on from the last finished stage.", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command()
+def run(
+    recipe: Annotated[Path, typer.Argument(help="Recipe file (YAML).")],
+    out: Annotated[Path | None, typer.Option("--out", help="Run folder; default runs/<name>.")] = None,
+    settings: Set = None,
+    start: Annotated[str | None, typer.Option("--from", help="Redo from this stage on.")] = None,
+    until: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
+) -> None:
+    """Run a recipe from parent checkpoint to model card; a killed run goes on where it was."""
+    from regrow.recipe import load_recipe
+
+    loaded = load_recipe(recipe, settings)
+    run_dir = out or Path("runs") / loaded.name
+    if dry_run:
+        from regrow.dry_run import describe_run
+
+        for line in describe_run(loaded, run_dir, start=start, until=until):
+            print(line)
+        return
+    from regrow.runner import run_recipe
+
+    reports = run_recipe(loaded, run_dir, start=start, until=until)
+    if "report" in reports:
+        from regrow.reporting.table import print_summary
+
+        print_summary(run_dir)
+
+
+@app.command()
+def inspect(
+    model: Model,
+    width: Annotated[int | None, typer.Option(help="Also say what the model becomes at this width.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Family, layers, widths, parameters and bytes by part; reads headers only."""
+    from regrow.modeling.sources import resolve_headers
+    from regrow.pruning.inspect import format_inspection, inspect_checkpoint
+
+    result = inspect_checkpoint(resolve_headers(model), width=width)
+    _emit(result, as_json, format_inspection)
+
+
+@app.command()
+def calibrate(
+    model: Model,
+    corpus: CorpusFiles,
+    out: Out,
+    num_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 65_536,
+    sequence_length: Length = 1_024,
+    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    correlations: Annotated[
+        bool, typer.Option(help="Also gather the channels' correlation matrices.")
+    ] = True,
+    method: Annotated[
+        str, typer.Option(help="in_memory, or layerwise for models larger than memory.")
+    ] = "in_memory",
+    held_out_fraction: Annotated[
+        float, typer.Option(help="Share of rows kept to choose the refit's ridge.")
+    ] = 0.125,
+    thinking: Thinking = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Run a model over a corpus and write its channels' statistics to one safetensors file."""
+    from regrow.modeling.sources import resolve_model
+    from regrow.pruning.calibrate import calibrate as calibrate_model
+
+    report = calibrate_model(
+        model=resolve_model(model),
+        corpora=[(source, "train", 1.0, None) for source in corpus],
+        out=out,
+        num_tokens=num_tokens,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        correlations=correlations,
+        method=method,
+        held_out_fraction=held_out_fraction,
+        enable_thinking=thinking,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    _emit(report, False, _lines)
+
+
+@app.command("merge-statistics")
+def merge(
+    files: Annotated[list[Path], typer.Argument(help="Statistics files of the same model.")], out: Out
+) -> None:
+    """Merge statistics files of the same model, as if their corpora had been one."""
+    from regrow.pruning.statistics import merge_statistics
+
+    merge_statistics(files, out)
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out,
+    width: Annotated[int | None, typer.Option(help="Channels to keep per MLP.")] = None,
+    criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "magnitude",
+    statistics: Annotated[Path | None, typer.Option(help="Statistics file of `regrow calibrate`.")] = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan file that says which channels stay.")] = None,
+    refit: Annotated[bool, typer.Option(help="Refit down_proj (needs correlations).")] = False,
+    step: Annotated[int, typer.Option(help="The width must be a multiple of this.")] = 128,
+    shards: Annotated[int | None, typer.Option(help="Write exactly this many files.")] = None,
+    max_shard_size: Annotated[str | None, typer.Option(help="Or limit their size, e.g. 5GB.")] = None,
+    mtp: Annotated[str, typer.Option(help="Multi-token-prediction layer: prune or drop.")] = "prune",
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Cut a checkpoint's MLPs to a width, shard by shard, without loading the model."""
+    from regrow.modeling.sources import resolve_model
+    from regrow.pruning.prune import prune as prune_model
+
+    report = prune_model(
+        model=resolve_model(model),
+        out=out,
+        width=width,
+        step=step,
+        criterion=criterion,
+        statistics=statistics,
+        plan=plan,
+        refit=refit,
+        shards=shards,
+        max_shard_size=max_shard_size,
+        mtp=mtp,
+        seed=seed,
+    )
+    _emit(report, as_json, _lines)
+
+
+@app.command()
+def verify(
+    folder: Annotated[Path, typer.Argument(help="Checkpoint folder.")],
+    against: Annotated[Path | None, typer.Option(help="The parent's folder.")] = None,
+    trained: Annotated[bool, typer.Option(help="Values may differ by training; shapes may not.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check a checkpoint tensor by tensor, also one that another tool made; exit 1 if something is wrong."""
+    from regrow.pruning.verify import format_verification, verify_checkpoint
+
+    result = verify_checkpoint(folder, against=against, trained=trained)
+    _emit(result, as_json, format_verification)
+    if not result["ok"]:
+        raise typer.Exit(1)
+
+
+@app.command()
+def distill(
+    student: Annotated[str, typer.Argument(help="Pruned model's folder.")],
+    teacher: Annotated[str, typer.Option(help="The parent.")],
+    corpus: CorpusFiles,
+    held_out: Annotated[str, typer.Option(help="Text for held-out agreement and KL.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")],
+    out: Out,
+    settings: Set = None,
+) -> None:
+    """Distil a pruned model from its parent; --set takes the keys of a recipe's distill section."""
+    from regrow.training.distill import distill as distill_model
+
+    _train("distill", distill_model, student, teacher, corpus, held_out, steps, out, settings)
+
+
+@app.command()
+def recover(
+    student: Annotated[str, typer.Argument(help="Pruned or distilled model's folder.")],
+    teacher: Annotated[str, typer.Option(help="The parent.")],
+    corpus: CorpusFiles,
+    held_out: Annotated[str, typer.Option(help="Text for held-out agreement and KL.")],
+    steps: Annotated[int, typer.Option(help="Optimiser steps.")],
+    out: Out,
+    settings: Set = None,
+) -> None:
+    """Train LoRA with the distillation loss and merge it; --set takes the keys of a recipe's recover section."""
+    from regrow.training.recover import recover as recover_model
+
+    _train("recover", recover_model, student, teacher, corpus, held_out, steps, out, settings)
+
+
+def _train(
+    stage: str,
+    function: Any,
+    student: str,
+    teacher: str,
+    corpus: list[str],
+    held_out: str,
+    steps: int,
+    out: Path,
+    settings: list[str] | None,
+) -> None:
+    """Both training verbs: the same checks and defaults as a recipe's, through a recipe of one stage."""
+    from regrow.files import require_new_folder
+    from regrow.modeling.sources import resolve_model
+    from regrow.stages import train_once
+
+    require_new_folder(out)
+    report = train_once(
+        stage,
+        function,
+        student=resolve_model(student),
+        teacher=resolve_model(teacher),
+        corpora=corpus,
+        held_out=held_out,
+        steps=steps,
+        out=out,
+        overrides=settings or [],
+    )
+    _emit(report, False, _lines)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str | None, typer.Argument(help="Model; not needed with --responses.")] = None,
+    benchmark: Annotated[str, typer.Option(help="fidelity, ifeval or latency.")] = "fidelity",
+    teacher: Annotated[str | None, typer.Option(help="The parent (fidelity).")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out text (fidelity).")] = None,
+    prompts: Annotated[str | None, typer.Option(help="IFEval prompts: file, Hub id or builtin:dev.")] = None,
+    responses: Annotated[Path | None, typer.Option(help="Score these responses, without a model.")] = None,
+    sequence_length: Length = 1_024,
+    batch_size: Annotated[int | None, typer.Option(help="Rows at a time.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1_280,
+    thinking: Thinking = None,
+    records: Annotated[Path | None, typer.Option(help="Folder for per-item results (resumable).")] = None,
+    out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Measure a model: agreement with its parent, instruction following, speed."""
+    from regrow.evaluation.evaluate import evaluate_once
+
+    result = evaluate_once(
+        benchmark=benchmark,
+        model=_resolved(model),
+        teacher=_resolved(teacher),
+        data=data,
+        prompts=prompts,
+        responses=responses,
+        sequence_length=sequence_length,
+        batch_size=batch_size,
+        limit=limit,
+        max_new_tokens=max_new_tokens,
+        enable_thinking=thinking,
+        records=records,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    if out is not None:
+        from regrow.files import write_json
+
+        write_json(out, result)
+    _emit(result, False, _lines)
+
+
+@app.command()
+def compare(
+    run_a: Annotated[Path, typer.Argument(help="Per-item results of A (file, or a run's records).")],
+    run_b: Annotated[Path, typer.Argument(help="Per-item results of B.")],
+    margin: Annotated[float, typer.Option(help="Non-inferiority margin, e.g. 0.01 for a point.")] = 0.01,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """Paired comparison of two runs: difference, interval, McNemar, flips, verdict."""
+    from regrow.evaluation.compare import compare_runs, format_comparison
+
+    _emit(compare_runs(run_a, run_b, margin=margin, seed=seed), as_json, format_comparison)
+
+
+@app.command()
+def synthesize(
+    model: Model,
+    out: Out,
+    num_prompts: Annotated[int, typer.Option(help="Conversations to write.")] = 1_500,
+    constraint_share: Annotated[float, typer.Option(help="Share with checkable constraints.")] = 0.25,
+    prompts: Annotated[Path | None, typer.Option(help="Your own prompts (one a line, or jsonl).")] = None,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
+    batch_size: Annotated[int, typer.Option(help="Conversations at a time.")] = 32,
+    temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.7,
+    thinking: Thinking = None,
+    seed: Seed = 0,
+    device: Device = "auto",
+    trust_remote_code: Trust = False,
+) -> None:
+    """Have the teacher write a corpus: its own answers to varied prompts, with a held-out split."""
+    from regrow.modeling.sources import resolve_model
+    from regrow.synthesis.synthesize import synthesize as synthesize_corpus
+
+    report = synthesize_corpus(
+        model=resolve_model(model),
+        out=out,
+        num_prompts=num_prompts,
+        constraint_share=constraint_share,
+        prompts_file=prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        temperature=temperature,
+        enable_thinking=thinking,
+        seed=seed,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    _emit(report, False, _lines)
+
+
+@app.command()
+def report(run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")]) -> None:
+    """Write the model card and the page again from a run's results."""
+    from regrow.reporting.report import write_report
+    from regrow.reporting.table import print_summary
+
+    write_report(run_dir=run_dir)
+    print_summary(run_dir)
+
+
+@app.command()
+def publish(
+    run_dir: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    repo: Annotated[str, typer.Option(help="Hub repository, e.g. you/model.")],
+    private: Annotated[bool, typer.Option(help="Create it private.")] = True,
+) -> None:
+    """Upload a finished run's model folder to the Hub."""
+    from regrow.hub import push_folder
+
+    print(push_folder(run_dir / "model", repo_id=repo, private=private))
+
+
+def _resolved(source: str | None) -> Path | None:
+    if source is None:
+        return None
+    from regrow.modeling.sources import resolve_model
+
+    return resolve_model(source)
+
+
+def _emit(result: dict[str, Any], as_json: bool, formatter: Any) -> None:
+    if as_json:
+        print(json.dumps(result, indent=1, ensure_ascii=False))
+    else:
+        print(formatter(result))
+
+
+def _lines(result: dict[str, Any], indent: str = "") -> str:
+    """A dictionary as readable lines; long lists are left to the JSON forms."""
+    lines = []
+    for key, value in result.items():
+        if isinstance(value, dict):
+            lines += [f"{indent}{key}:", _lines(value, indent + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict | list):
+            lines.append(f"{indent}{key}: {len(value)} entries")
+        elif isinstance(value, list) and value and isinstance(value[0], str):
+            lines += [f"{indent}{key}:", *(f"{indent}  - {item}" for item in value)]
+        else:
+            lines.append(f"{indent}{key}: {value}")
+    return "\n".join(line for line in lines if line)
+
+
+__all__ = ["UserError", "app", "main"]

@@ -1,0 +1,294 @@
+"""The table of stages: what each depends on, what it reads, what it makes.
+
+This is the only place that unpacks a recipe: the functions it calls take flat keyword arguments. Every
+stage writes into a folder that the runner publishes when the function returns.
+"""
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.files import publish_folder, write_json
+from regrow.recipe import Corpus, Recipe, Training, apply_override, parse_recipe
+
+CorpusSpec = tuple[str, str, float, int | None]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Where a stage finds its inputs and puts its outputs.
+
+    Attributes:
+        recipe: the whole recipe.
+        parent: local folder of the parent checkpoint.
+        out: folder to write into; it appears under its final name only when the stage is finished.
+        work: folder that survives a killed run (training checkpoints, finished evaluation records).
+        run_dir: the run's folder.
+        finished: folders of the finished upstream stages, by name.
+    """
+
+    recipe: Recipe
+    parent: Path
+    out: Path
+    work: Path
+    run_dir: Path
+    finished: dict[str, Path]
+
+    def student(self, before: str | None = None) -> Path:
+        """The newest model made so far (before the stage named `before`)."""
+        made = [name for name in MODEL_STAGES if name in self.finished]
+        if before in MODEL_STAGES:
+            made = [name for name in made if MODEL_STAGES.index(name) < MODEL_STAGES.index(before)]
+        return self.finished[made[-1]] / "model"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row of the table.
+
+    Attributes:
+        name: name of the stage, of its folder and of its verb.
+        inputs: stages whose results it reads, where they are part of the run.
+        reads: keys of the recipe that its result depends on; they are hashed into its manifest.
+        run: the function; writes into `context.out` and returns a report of JSON values.
+        enabled: whether a recipe asks for it.
+    """
+
+    name: str
+    inputs: tuple[str, ...]
+    reads: tuple[str, ...]
+    run: Callable[[Context], dict[str, Any]]
+    enabled: Callable[[Recipe], bool] = lambda recipe: True
+
+
+def needs_statistics(criterion: str, refit: bool) -> bool:
+    """Whether pruning needs a calibration pass."""
+    from regrow.pruning.criteria import CRITERIA, find_criterion
+
+    find_criterion(criterion)
+    return refit or CRITERIA[criterion].needs_statistics
+
+
+def corpus_specs(corpora: tuple[Corpus, ...]) -> list[CorpusSpec]:
+    """Corpora as the flat tuples that leaf functions take."""
+    return [(corpus.source, corpus.split, corpus.weight, corpus.limit) for corpus in corpora]
+
+
+def _calibrate(context: Context) -> dict[str, Any]:
+    from regrow.pruning.calibrate import calibrate
+
+    recipe = context.recipe
+    return calibrate(
+        model=context.parent,
+        corpora=corpus_specs(recipe.corpora),
+        out=context.out / "statistics.safetensors",
+        sequence_length=recipe.sequence_length,
+        enable_thinking=recipe.enable_thinking,
+        seed=recipe.seed,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        **recipe.calibrate.model_dump(),
+    )
+
+
+def _prune(context: Context) -> dict[str, Any]:
+    from regrow.pruning.prune import prune
+
+    calibrated = context.finished.get("calibrate")
+    return prune(
+        model=context.parent,
+        out=context.out / "model",
+        statistics=calibrated / "statistics.safetensors" if calibrated else None,
+        seed=context.recipe.seed,
+        **context.recipe.prune.model_dump(),
+    )
+
+
+def _train(
+    context: Context,
+    function: Callable[..., dict[str, Any]],
+    section: Training,
+    student: Path,
+    out: Path,
+) -> dict[str, Any]:
+    recipe = context.recipe
+    return function(
+        student=student,
+        teacher=context.parent,
+        corpora=corpus_specs(recipe.corpora),
+        held_out=corpus_specs((recipe.held_out,))[0],
+        out=out,
+        work_dir=context.work,
+        sequence_length=recipe.sequence_length,
+        enable_thinking=recipe.enable_thinking,
+        seed=recipe.seed,
+        device=recipe.device,
+        trust_remote_code=recipe.trust_remote_code,
+        shards=recipe.prune.shards,
+        max_shard_size=recipe.prune.max_shard_size,
+        **section.model_dump(),
+    )
+
+
+def _distill(context: Context) -> dict[str, Any]:
+    from regrow.training.distill import distill
+
+    assert context.recipe.distill is not None
+    return _train(context, distill, context.recipe.distill, context.student("distill"), context.out / "model")
+
+
+def _recover(context: Context) -> dict[str, Any]:
+    from regrow.training.recover import recover
+
+    assert context.recipe.recover is not None
+    return _train(context, recover, context.recipe.recover, context.student("recover"), context.out / "model")
+
+
+def _evaluate(context: Context) -> dict[str, Any]:
+    from regrow.evaluation.evaluate import evaluate_models
+
+    recipe, section = context.recipe, context.recipe.evaluate
+    students = {
+        MODEL_NAMES[name]: context.finished[name] / "model"
+        for name in MODEL_STAGES
+        if name in context.finished
+    }
+    final = list(students)[-1]
+    report: dict[str, Any] = {"models": {}, "final": final}
+    shared = {
+        "teacher": context.parent,
+        "held_out": corpus_specs((recipe.held_out,))[0],
+        "corpora": corpus_specs(recipe.corpora),
+        "records": context.work,
+        "sequence_length": recipe.sequence_length,
+        "enable_thinking": recipe.enable_thinking,
+        "batch_size": section.batch_size,
+        "num_rows": section.num_rows,
+        "seed": recipe.seed,
+        "device": recipe.device,
+        "trust_remote_code": recipe.trust_remote_code,
+        "ifeval": section.ifeval.model_dump(),
+        "latency": section.latency.model_dump(),
+    }
+    both = {"teacher": context.parent, final: students[final]}
+    every = {"teacher": context.parent, **students} if section.each_stage else both
+    for benchmark in section.benchmarks:
+        # Fidelity is cheap and shows what each stage gave; the rest compares the two ends.
+        models = every if benchmark == "fidelity" else both
+        for name, figures in evaluate_models(models=models, benchmarks=(benchmark,), **shared).items():
+            report["models"].setdefault(name, {}).update(figures)
+    shutil.copytree(context.work, context.out / "records")
+    return report
+
+
+def _report(context: Context) -> dict[str, Any]:
+    from regrow.reporting.report import write_report
+    from regrow.reporting.results import gather_results
+
+    final = context.student()
+    model = context.run_dir / "model"
+    shutil.rmtree(model, ignore_errors=True)
+    with publish_folder(model) as folder:
+        link_model(final, folder)
+    results = gather_results(
+        recipe=context.recipe.model_dump(mode="json"), parent=context.parent, stages=context.finished
+    )
+    write_json(context.run_dir / "results.json", results)
+    return write_report(run_dir=context.run_dir)
+
+
+def link_model(source: Path, folder: Path) -> None:
+    """Give a model a second name: weights by hard link where the disk allows it, small files by copy."""
+    for path in sorted(source.iterdir()):
+        if path.suffix == ".safetensors":
+            try:
+                os.link(path, folder / path.name)
+                continue
+            except OSError:
+                pass
+        shutil.copy2(path, folder / path.name)
+
+
+def train_once(
+    stage: str,
+    function: Callable[..., dict[str, Any]],
+    *,
+    student: Path,
+    teacher: Path,
+    corpora: list[str],
+    held_out: str,
+    steps: int,
+    out: Path,
+    overrides: list[str],
+) -> dict[str, Any]:
+    """A training stage as a verb of its own, with the checks and defaults of a recipe.
+
+    Args:
+        stage: `"distill"` or `"recover"`.
+        function: the stage's leaf function.
+        student, teacher: local model folders.
+        corpora, held_out: sources as in a recipe.
+        steps: optimiser steps.
+        out: new folder for the model.
+        overrides: `key=value` settings of the recipe's section (or, with a dot, of the whole recipe).
+    """
+    recipe = one_stage_recipe(stage, str(teacher), corpora, held_out, steps, overrides)
+    work = out.with_name(f".{out.name}.work")
+    context = Context(recipe, teacher, out.parent, work, out.parent, {})
+    section = getattr(recipe, stage)
+    report = _train(context, function, section, student, out)
+    shutil.rmtree(work, ignore_errors=True)
+    return report
+
+
+def one_stage_recipe(
+    stage: str, teacher: str, corpora: list[str], held_out: str, steps: int, overrides: list[str]
+) -> Recipe:
+    """The recipe that a training verb stands for."""
+    value: dict[str, Any] = {
+        "name": stage,
+        "model": teacher,
+        "corpora": [{"source": source} for source in corpora],
+        "held_out": {"source": held_out},
+        "prune": {"width": 128},
+        stage: {"max_steps": steps},
+    }
+    for override in overrides:
+        apply_override(value, override if "." in override.partition("=")[0] else f"{stage}.{override}")
+    return parse_recipe(value, f"regrow {stage}")
+
+
+MODEL_STAGES = ("prune", "distill", "recover")
+MODEL_NAMES = {"prune": "pruned", "distill": "distilled", "recover": "recovered"}
+
+_DATA = ("corpora", "sequence_length", "enable_thinking", "seed")
+
+STAGES: tuple[Stage, ...] = (
+    Stage(
+        "calibrate",
+        (),
+        ("calibrate", *_DATA),
+        _calibrate,
+        lambda recipe: needs_statistics(recipe.prune.criterion, recipe.prune.refit),
+    ),
+    Stage("prune", ("calibrate",), ("prune", "seed"), _prune),
+    Stage(
+        "distill",
+        ("prune",),
+        ("distill", "held_out", *_DATA),
+        _distill,
+        lambda recipe: recipe.distill is not None,
+    ),
+    Stage(
+        "recover",
+        ("prune", "distill"),
+        ("recover", "held_out", *_DATA),
+        _recover,
+        lambda recipe: recipe.recover is not None,
+    ),
+    Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate),
+    Stage("report", (*MODEL_STAGES, "evaluate"), ("name", "report"), _report),
+)
