@@ -210,7 +210,7 @@ def distill(
     out: Out,
     settings: Set = None,
 ) -> None:
-    """Distil a pruned model from its parent; --set takes the keys of a recipe's distill section."""
+    """Distil a pruned model from its parent; --set takes the keys of a recipe's distill."""
     from regrow.training.distill import distill as distill_model
 
     _train("distill", distill_model, student, teacher, corpus, held_out, steps, out, settings)
@@ -226,7 +226,7 @@ def recover(
     out: Out,
     settings: Set = None,
 ) -> None:
-    """Train LoRA with the distillation loss and merge it; --set takes the keys of a recipe's recover section."""
+    """Train LoRA with the distillation loss and merge it; --set takes the keys of a recipe's recover."""
     from regrow.training.recover import recover as recover_model
 
     _train("recover", recover_model, student, teacher, corpus, held_out, steps, out, settings)

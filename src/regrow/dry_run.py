@@ -1,4 +1,4 @@
-"""`regrow run --dry-run`: check all that can be checked without computing anything, and say what would run."""
+"""`regrow run --dry-run`: check what can be checked without computing, and say what would run."""
 
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,0 +1,97 @@
+"""The recipe refuses what it does not know, and says so in one sentence."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from regrow.errors import UserError
+from regrow.recipe import load_recipe, parse_recipe
+
+RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
+MINIMAL = {
+    "name": "a",
+    "model": "some/model",
+    "corpora": [{"source": "c.jsonl"}],
+    "held_out": {"source": "h.jsonl"},
+    "prune": {"width": 256},
+}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_shipped_recipes_are_valid_and_carry_their_file_name(path):
+    assert load_recipe(path).name == path.stem
+
+
+def test_published_recipe_has_the_published_settings():
+    recipe = load_recipe(next(path for path in RECIPES if path.stem == "qwen3.5-4b-mlp7808"))
+    assert (recipe.prune.width, recipe.prune.criterion, recipe.prune.refit) == (7808, "wanda", False)
+    assert recipe.prune.shards == 16
+    assert recipe.distill is not None
+    assert recipe.distill.max_steps == 12_000
+    assert recipe.recover is not None
+    assert (recipe.recover.rank, recipe.corpora[0].source) == (32, "yahma/alpaca-cleaned")
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"prunes": {}}, ["prunes", "spelling"]),
+        ({"prune": {"width": 250}}, ["250", "128"]),
+        ({"prune": {"width": 256, "shards": 2, "max_shard_size": "1GB"}}, ["shards", "max_shard_size"]),
+        ({"prune": {}}, ["prune.width", "missing"]),
+        ({"prune": {"width": "wide"}}, ["prune.width", "wide"]),
+        ({"prune": {"width": -128}}, ["prune.width", "-128"]),
+        ({"corpora": []}, ["corpora"]),
+        ({"name": "../up"}, ["name", "../up"]),
+        ({"distill": {"max_steps": 10, "lr": 1e-3}}, ["distill.lr", "spelling"]),
+        ({"evaluate": {"benchmarks": ["mmlu"]}}, ["benchmarks", "mmlu"]),
+    ],
+)
+def test_bad_values_are_named_in_one_sentence(change, words):
+    with pytest.raises(UserError) as caught:
+        parse_recipe(MINIMAL | change, "recipe.yaml")
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in ["recipe.yaml", *words]:
+        assert word in message
+
+
+def test_overrides_reach_nested_keys_and_list_items(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(
+        "name: a\nmodel: m\ncorpora: [{source: x}]\nheld_out: {source: y}\nprune: {width: 256}\n"
+    )
+    recipe = load_recipe(
+        path, ["prune.width=384", "distill.max_steps=7", "corpora.0.weight=2.5", "enable_thinking=false"]
+    )
+    assert recipe.prune.width == 384
+    assert recipe.distill is not None
+    assert recipe.distill.max_steps == 7
+    assert recipe.corpora[0].weight == 2.5
+    assert recipe.enable_thinking is False
+
+
+@pytest.mark.parametrize("override", ["prune.width", "=3", "corpora.4.weight=1", "name.deep=1", "seed=[1"])
+def test_malformed_overrides_are_refused(tmp_path, override):
+    path = tmp_path / "r.yaml"
+    path.write_text("name: a\nmodel: m\ncorpora: [{source: x}]\nheld_out: {source: y}\nprune: {width: 256}\n")
+    with pytest.raises(UserError, match="--set"):
+        load_recipe(path, [override])
+
+
+@pytest.mark.parametrize("text", ["", "- a\n- b\n", "name: [", "\x00", "just words"])
+def test_files_that_are_no_recipe_are_refused(tmp_path, text):
+    path = tmp_path / "r.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError):
+        load_recipe(path)
+
+
+def test_help_and_recipes_do_not_import_torch():
+    code = (
+        "import sys; import regrow.cli, regrow.recipe, regrow.families, regrow.checkpoint.reader\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

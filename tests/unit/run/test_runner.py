@@ -1,0 +1,158 @@
+"""Skip, resume, refuse: the runner on a table of stub stages."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from regrow import runner
+from regrow.errors import RunError, UserError
+from regrow.recipe import Recipe, parse_recipe
+from regrow.stages import Context, Stage
+
+
+def make_recipe(**changes) -> Recipe:
+    value = {
+        "name": "stub",
+        "model": "parent",
+        "corpora": [{"source": "c.jsonl"}],
+        "held_out": {"source": "h.jsonl"},
+        "prune": {"width": 256},
+    }
+    return parse_recipe(value | changes, "stub.yaml")
+
+
+class Calls:
+    """Stub stages that log their runs; `fail_at` makes one of them die after it has written a file."""
+
+    def __init__(self) -> None:
+        self.log: list[str] = []
+        self.fail_at: str | None = None
+
+    def stage(self, name: str, inputs: tuple[str, ...], reads: tuple[str, ...]) -> Stage:
+        def run(context: Context) -> dict:
+            self.log.append(name)
+            (context.out / "result.txt").write_text(name)
+            (context.work / "checkpoint").write_text("half way")
+            if self.fail_at == name:
+                raise RunError("The stub failed; mend it.")
+            return {"seen": sorted(context.finished)}
+
+        return Stage(name, inputs, reads, run)
+
+
+@pytest.fixture()
+def calls(monkeypatch) -> Calls:
+    calls = Calls()
+    table = (
+        calls.stage("first", (), ("prune", "corpora")),
+        calls.stage("second", ("first",), ("seed",)),
+        calls.stage("third", ("first", "second"), ("report",)),
+    )
+    monkeypatch.setattr(runner, "STAGES", table)
+    monkeypatch.setattr(runner, "check_width", lambda recipe, parent: {})
+    monkeypatch.setattr("regrow.modeling.sources.resolve_model", lambda source, revision=None: Path(source))
+    monkeypatch.setattr("regrow.data.corpora.corpus_hash", lambda source, **_: f"hash of {source}")
+    reader = type("Reader", (), {"__init__": lambda self, _: None, "fingerprint": lambda self: "f" * 64})
+    monkeypatch.setattr("regrow.checkpoint.reader.CheckpointReader", reader)
+    return calls
+
+
+def test_runs_in_order_then_skips(calls, tmp_path):
+    reports = runner.run_recipe(make_recipe(), tmp_path / "run")
+    assert calls.log == ["first", "second", "third"]
+    assert reports["third"]["seen"] == ["first", "second"]
+    again = runner.run_recipe(make_recipe(), tmp_path / "run")
+    assert calls.log == ["first", "second", "third"]
+    assert again == reports
+
+
+def test_failed_stage_leaves_no_folder_and_the_rest_is_kept(calls, tmp_path):
+    calls.fail_at = "second"
+    with pytest.raises(RunError, match="stub failed"):
+        runner.run_recipe(make_recipe(), tmp_path / "run")
+    stages = tmp_path / "run" / "stages"
+    assert sorted(path.name for path in stages.iterdir()) == ["first"]
+    # The work folder survives, so that training can go on from its checkpoint.
+    assert [path.name.split("-")[0] for path in (tmp_path / "run" / "work").iterdir()] == ["second"]
+    calls.fail_at = None
+    runner.run_recipe(make_recipe(), tmp_path / "run")
+    assert calls.log == ["first", "second", "second", "third"]
+    assert list((tmp_path / "run" / "work").iterdir()) == []
+
+
+def test_changed_setting_is_refused_by_name_before_anything_runs(calls, tmp_path):
+    runner.run_recipe(make_recipe(), tmp_path / "run")
+    calls.log.clear()
+    with pytest.raises(UserError) as caught:
+        runner.run_recipe(make_recipe(prune={"width": 384}), tmp_path / "run")
+    assert "recipe.prune.width (256 there, 384 now)" in str(caught.value)
+    assert "--from first" in str(caught.value)
+    assert calls.log == []
+
+
+def test_from_redoes_a_stage_and_all_after_it(calls, tmp_path):
+    runner.run_recipe(make_recipe(), tmp_path / "run")
+    calls.log.clear()
+    runner.run_recipe(make_recipe(seed=5), tmp_path / "run", start="second")
+    assert calls.log == ["second", "third"]
+
+
+def test_setting_of_a_later_stage_does_not_touch_earlier_ones(calls, tmp_path):
+    runner.run_recipe(make_recipe(), tmp_path / "run")
+    with pytest.raises(UserError, match=r"stage second .* recipe\.seed"):
+        runner.run_recipe(make_recipe(seed=5), tmp_path / "run")
+
+
+def test_until_stops(calls, tmp_path):
+    runner.run_recipe(make_recipe(), tmp_path / "run", until="first")
+    assert calls.log == ["first"]
+
+
+def test_changed_corpus_is_noticed(calls, tmp_path, monkeypatch):
+    runner.run_recipe(make_recipe(), tmp_path / "run")
+    monkeypatch.setattr("regrow.data.corpora.corpus_hash", lambda source, **_: "other text")
+    with pytest.raises(UserError, match=r"corpora\.corpora"):
+        runner.run_recipe(make_recipe(), tmp_path / "run")
+
+
+def test_foreign_folders_are_refused(calls, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "thesis.tex").write_text("do not touch")
+    with pytest.raises(UserError, match="no regrow run"):
+        runner.run_recipe(make_recipe(), foreign)
+    assert [path.name for path in foreign.iterdir()] == ["thesis.tex"]
+    runner.run_recipe(make_recipe(), tmp_path / "run")
+    with pytest.raises(UserError, match="holds the run 'stub', not 'other'"):
+        runner.run_recipe(make_recipe(name="other"), tmp_path / "run")
+
+
+def test_damaged_manifest_is_refused(calls, tmp_path):
+    runner.run_recipe(make_recipe(), tmp_path / "run")
+    path = tmp_path / "run" / "stages" / "second" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    path.write_text(json.dumps(manifest | {"hash": "0"}))
+    with pytest.raises(UserError, match="damaged"):
+        runner.run_recipe(make_recipe(), tmp_path / "run")
+    path.write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        runner.run_recipe(make_recipe(), tmp_path / "run")
+
+
+def test_second_process_is_refused(calls, tmp_path, monkeypatch):
+    def run_again(context: Context) -> dict:
+        with pytest.raises(UserError, match="Another regrow run"):
+            runner.run_recipe(make_recipe(), context.run_dir)
+        return {}
+
+    monkeypatch.setattr(runner, "STAGES", (replace(runner.STAGES[0], run=run_again),))
+    runner.run_recipe(make_recipe(), tmp_path / "run")
+
+
+@pytest.mark.parametrize(("start", "until"), [("fourth", None), (None, "zero"), ("third", "first")])
+def test_unknown_stage_names(calls, tmp_path, start, until):
+    with pytest.raises(UserError, match="--from|--until"):
+        runner.run_recipe(make_recipe(), tmp_path / "run", start=start, until=until)
+    assert not (tmp_path / "run").exists()
