@@ -66,7 +66,7 @@ def tiny_config(family: str) -> PreTrainedConfig:
     """The configuration of a two-layer model; `family` is a key of `VARIANTS` or starts with `qwen3_5`."""
     if family in ("qwen3_5", "qwen3_5_text"):
         raw = tiny_qwen3_5_config()
-        raw = raw if family == "qwen3_5" else raw["text_config"]
+        raw = raw if family == "qwen3_5" else {**raw["text_config"], "mtp_num_hidden_layers": 0}
         return AutoConfig.for_model(**{**raw, "model_type": family})
     model_type, settings = VARIANTS[family]
     return AutoConfig.for_model(model_type, **{**_BASE, **settings})
@@ -190,3 +190,4 @@ def _release_like_qwen3_5(folder: Path, seed: int, dtype: torch.dtype) -> None:
     config = tiny_qwen3_5_config()
     config["text_config"]["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=4))
+    (folder / "generation_config.json").unlink(missing_ok=True)

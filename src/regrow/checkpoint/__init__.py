@@ -1,1 +1,5 @@
-"""Sharded safetensors in and out, one tensor at a time."""
+"""Safetensors checkpoints, read and written tensor by tensor without torch."""
+
+from regrow.checkpoint.reader import CheckpointReader, read_config_only
+
+__all__ = ["CheckpointReader", "read_config_only"]

@@ -1,1 +1,26 @@
 """One declarative spec per architecture family."""
+
+from regrow.families.config import causal_lm_name, pruned_config
+from regrow.families.count import count_by_part, count_parameters
+from regrow.families.family import Family, MlpSpec
+from regrow.families.layout import expected_tensors, part_of, text_prefix
+from regrow.families.registry import FAMILIES, find_family
+from regrow.families.sites import main_kinds, mlp_sites, site_tensors, width_key
+
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "MlpSpec",
+    "causal_lm_name",
+    "count_by_part",
+    "count_parameters",
+    "expected_tensors",
+    "find_family",
+    "main_kinds",
+    "mlp_sites",
+    "part_of",
+    "pruned_config",
+    "site_tensors",
+    "text_prefix",
+    "width_key",
+]
