@@ -5,6 +5,7 @@ from typing import Any
 
 from regrow.files import read_json
 from regrow.reporting.environment import describe_environment
+from regrow.reporting.parent import read_parent
 
 
 def gather_results(*, recipe: dict[str, Any], parent: Path, stages: dict[str, Path]) -> dict[str, Any]:
@@ -17,11 +18,13 @@ def gather_results(*, recipe: dict[str, Any], parent: Path, stages: dict[str, Pa
             `report.json` and `manifest.json`.
 
     Returns:
-        `{"recipe", "environment", "stages", "models", "final", "notes"}`; nothing in it was computed here.
+        `{"recipe", "parent", "parent_card", "environment", "stages", "models", "final", "notes"}`; nothing in
+        it was computed here.
     """
     results: dict[str, Any] = {
         "recipe": recipe,
         "parent": str(recipe["model"]),
+        "parent_card": read_parent(parent),
         "environment": describe_environment(),
         "stages": {},
         "models": {},

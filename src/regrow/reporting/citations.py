@@ -1,0 +1,154 @@
+"""BibTeX of the methods that a run used, found by the arXiv number that each method records."""
+
+import re
+from collections.abc import Iterable
+
+from regrow.reporting.facts import Facts, section
+
+_ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
+
+_DISTILLATION = "1503.02531"
+_LORA = "2106.09685"
+_IFEVAL = "2311.07911"
+_LOSSES = {"jsd": "2306.13649", "skewed_kl": "2402.03898", "reverse_kl": "2306.08543"}
+_CRITERIA = {
+    "wanda": ("2306.11695",),
+    "flap": ("2312.11983",),
+    "activation": ("2407.14679",),
+    "taylor": ("2305.11627",),
+    "fisher": ("2305.11627",),
+    "obs": ("2302.04089", "2403.12983"),
+}
+_REFIT = ("2403.12983",)
+
+# arXiv number -> (key, authors, title, year)
+_PAPERS = {
+    "1503.02531": (
+        "hinton2015distilling",
+        "Hinton, Geoffrey and Vinyals, Oriol and Dean, Jeff",
+        "Distilling the Knowledge in a Neural Network",
+        2015,
+    ),
+    "2106.09685": (
+        "hu2021lora",
+        "Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and "
+        "Wang, Shean and Wang, Lu and Chen, Weizhu",
+        "{LoRA}: Low-Rank Adaptation of Large Language Models",
+        2021,
+    ),
+    "2302.04089": (
+        "kurtic2023ziplm",
+        "Kurtic, Eldar and Frantar, Elias and Alistarh, Dan",
+        "{ZipLM}: Inference-Aware Structured Pruning of Language Models",
+        2023,
+    ),
+    "2305.11627": (
+        "ma2023llmpruner",
+        "Ma, Xinyin and Fang, Gongfan and Wang, Xinchao",
+        "{LLM-Pruner}: On the Structural Pruning of Large Language Models",
+        2023,
+    ),
+    "2306.08543": (
+        "gu2023minillm",
+        "Gu, Yuxian and Dong, Li and Wei, Furu and Huang, Minlie",
+        "{MiniLLM}: Knowledge Distillation of Large Language Models",
+        2023,
+    ),
+    "2306.11695": (
+        "sun2023wanda",
+        "Sun, Mingjie and Liu, Zhuang and Bair, Anna and Kolter, J. Zico",
+        "A Simple and Effective Pruning Approach for Large Language Models",
+        2023,
+    ),
+    "2306.13649": (
+        "agarwal2023gkd",
+        "Agarwal, Rishabh and Vieillard, Nino and Zhou, Yongchao and Stanczyk, Piotr and Ramos, Sabela and "
+        "Geist, Matthieu and Bachem, Olivier",
+        "On-Policy Distillation of Language Models: Learning from Self-Generated Mistakes",
+        2023,
+    ),
+    "2311.07911": (
+        "zhou2023ifeval",
+        "Zhou, Jeffrey and Lu, Tianjian and Mishra, Swaroop and Brahma, Siddhartha and Basu, Sujoy and "
+        "Luan, Yi and Zhou, Denny and Hou, Le",
+        "Instruction-Following Evaluation for Large Language Models",
+        2023,
+    ),
+    "2312.11983": (
+        "an2023flap",
+        "An, Yongqi and Zhao, Xu and Yu, Tao and Tang, Ming and Wang, Jinqiao",
+        "Fluctuation-based Adaptive Structured Pruning for Large Language Models",
+        2023,
+    ),
+    "2402.03898": (
+        "ko2024distillm",
+        "Ko, Jongwoo and Kim, Sungnyun and Chen, Tianyi and Yun, Se-Young",
+        "{DistiLLM}: Towards Streamlined Distillation for Large Language Models",
+        2024,
+    ),
+    "2403.12983": (
+        "meng2024osscar",
+        "Meng, Xiang and Ibrahim, Shibal and Behdin, Kayhan and Hazimeh, Hussein and Ponomareva, Natalia and "
+        "Mazumder, Rahul",
+        "{OSSCAR}: One-Shot Structured Pruning in Vision and Language Models with Combinatorial Optimization",
+        2024,
+    ),
+    "2407.14679": (
+        "muralidharan2024minitron",
+        "Muralidharan, Saurav and Sreenivas, Sharath Turuvekere and Joshi, Raviraj and Chochowski, Marcin and "
+        "Patwary, Mostofa and Shoeybi, Mohammad and Catanzaro, Bryan and Kautz, Jan and Molchanov, Pavlo",
+        "Compact Language Models via Pruning and Knowledge Distillation",
+        2024,
+    ),
+}
+
+
+def bibtex(facts: Facts) -> str:
+    """BibTeX entries of the methods that the run's stages report having used, in the order of the stages."""
+    return "\n\n".join(_entry(number) for number in dict.fromkeys(_used(facts)) if number in _PAPERS)
+
+
+def plain_citations(facts: Facts) -> list[str]:
+    """Citations that a criterion recorded and that have no BibTeX entry here, as they were recorded."""
+    return [text for text in _recorded(facts) if not any(n in _PAPERS for n in _ARXIV.findall(text))]
+
+
+def _used(facts: Facts) -> Iterable[str]:
+    pruned = facts.reports.get("prune")
+    if pruned is not None:
+        options = section(facts.recipe, "prune")
+        recorded = [number for text in _recorded(facts) for number in _ARXIV.findall(text)]
+        yield from recorded or _CRITERIA.get(str(pruned.get("criterion") or options.get("criterion")), ())
+        if pruned.get("refit", options.get("refit")):
+            yield from _REFIT
+    for stage in ("distill", "recover"):
+        if stage in facts.reports:
+            yield _DISTILLATION
+            loss = facts.reports[stage].get("loss") or section(facts.recipe, stage).get("loss")
+            if str(loss) in _LOSSES:
+                yield _LOSSES[str(loss)]
+    if "recover" in facts.reports:
+        yield _LORA
+    if any(model.ifeval for model in facts.models):
+        yield _IFEVAL
+
+
+def _recorded(facts: Facts) -> list[str]:
+    pruned = facts.reports.get("prune", {})
+    origin = section(pruned, "origin")
+    found = [pruned.get("citation"), origin.get("citation"), section(pruned, "plan").get("citation")]
+    return list(dict.fromkeys(str(text) for text in found if text))
+
+
+def _entry(arxiv: str) -> str:
+    key, authors, title, year = _PAPERS[arxiv]
+    fields = {
+        "title": title,
+        "author": authors,
+        "year": year,
+        "eprint": arxiv,
+        "archivePrefix": "arXiv",
+        "url": f"https://arxiv.org/abs/{arxiv}",
+    }
+    body = ",\n".join(f"  {name} = {{{value}}}" for name, value in fields.items())
+    return f"@misc{{{key},\n{body}\n}}"

@@ -1,0 +1,210 @@
+"""What a run recorded, read from results.json without trusting that any part of it is there.
+
+Everything that card, page and terminal show goes through here, so that a stage that was skipped or a
+benchmark that was not run leaves a gap instead of an error or an invented figure.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from regrow.reporting.estimate import Estimate, interval_of, share
+from regrow.reporting.text import is_hub_id, is_number, public_name
+
+STUDENTS = ("pruned", "distilled", "recovered")
+STAGE_OF = {"pruned": "prune", "distilled": "distill", "recovered": "recover"}
+IFEVAL_FIGURES = (
+    ("prompt_level_strict", "prompt level, strict"),
+    ("inst_level_strict", "instruction level, strict"),
+    ("prompt_level_loose", "prompt level, loose"),
+    ("inst_level_loose", "instruction level, loose"),
+)
+
+
+@dataclass(frozen=True)
+class Model:
+    """Measured figures of one model of the run; a benchmark that was not run is an empty dictionary."""
+
+    name: str
+    num_parameters: int | None = None
+    weight_bytes: int | None = None
+    fidelity: dict[str, Any] = field(default_factory=dict)
+    ifeval: dict[str, Any] = field(default_factory=dict)
+    latency: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A run's record in one shape.
+
+    Attributes:
+        recipe: the resolved recipe, or empty.
+        models: the models that something is known of, teacher first, in the order of the stages.
+        final: name of the published model, or None where nothing was evaluated and no stage made one.
+        reports: stage -> its report.
+        seconds: stage -> wall time.
+        environment: hardware and versions.
+        parent_card: what the parent's own card and licence file say (`parent.read_parent`).
+        comparison: paired comparison of the final model with the teacher, per benchmark, or empty.
+        notes: everything skipped or approximated, one sentence each.
+    """
+
+    recipe: dict[str, Any]
+    models: tuple[Model, ...]
+    final: str | None
+    reports: dict[str, dict[str, Any]]
+    seconds: dict[str, float]
+    environment: dict[str, Any]
+    parent_card: dict[str, Any]
+    comparison: dict[str, Any]
+    notes: tuple[str, ...]
+
+    @property
+    def teacher(self) -> Model | None:
+        """The parent's figures."""
+        return self.model("teacher")
+
+    @property
+    def student(self) -> Model | None:
+        """The published model's figures."""
+        return self.model(self.final) if self.final else None
+
+    def model(self, name: str) -> Model | None:
+        """Figures of one model, or None."""
+        return next((model for model in self.models if model.name == name), None)
+
+    @property
+    def parent(self) -> str:
+        """Public name of the parent: its Hub id where one is known."""
+        return self.parent_id or public_name(self.recipe.get("model") or "the parent model")
+
+    @property
+    def parent_id(self) -> str | None:
+        """Hub id of the parent, or None for a folder that does not say where it came from."""
+        known = self.parent_card.get("model_id") or self.recipe.get("model")
+        return str(known) if known is not None and is_hub_id(known) else None
+
+    @property
+    def name(self) -> str:
+        """Name of the published model."""
+        report = section(self.recipe, "report")
+        return str(report.get("model_id") or self.recipe.get("name") or "pruned-model")
+
+
+def read_facts(results: Any) -> Facts:
+    """Bring the value of a results.json into one shape; whatever is missing or malformed is left out."""
+    results = results if isinstance(results, dict) else {}
+    stages = {name: entry for name, entry in section(results, "stages").items() if isinstance(entry, dict)}
+    reports = {name: section(entry, "report") for name, entry in stages.items()}
+    environment = section(results, "environment")
+    if not environment:
+        environment = {key: section(results, key) for key in ("hardware", "versions")}
+    measured = section(results, "models")
+    final = results.get("final") or next((m for m in reversed(STUDENTS) if STAGE_OF[m] in reports), None)
+    names = dict.fromkeys(["teacher", *STUDENTS, *measured, *([str(final)] if final else [])])
+    models = [_model(name, measured.get(name), reports) for name in names]
+    return Facts(
+        recipe=section(results, "recipe"),
+        models=tuple(model for model in models if model is not None),
+        final=str(final) if final else None,
+        reports=reports,
+        seconds={name: e["seconds"] for name, e in stages.items() if is_number(e.get("seconds"))},
+        environment=environment,
+        parent_card=section(results, "parent_card"),
+        comparison=_comparison(results, reports, str(final)),
+        notes=tuple(dict.fromkeys(str(note) for note in _list(results.get("notes")))),
+    )
+
+
+def section(value: Any, key: str) -> dict[str, Any]:
+    """A dictionary inside a dictionary; empty where it is missing or something else."""
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def number(value: Any, *keys: str) -> float | None:
+    """The first of several keys that holds a finite number."""
+    if isinstance(value, dict):
+        for key in keys:
+            if is_number(value.get(key)):
+                return value[key]
+    return None
+
+
+def estimate(figures: dict[str, Any], key: str) -> Estimate | None:
+    """One figure of a benchmark with its recorded interval.
+
+    Understands a plain number with the interval beside it (`ci95: {key: [low, high]}` or `<key>_ci95`) and a
+    count `{"correct", "total", "accuracy", "ci95"}`. Prompts are independent, so a prompt-level count without
+    an interval is given Wilson's; instructions of one prompt are not, so theirs is left without one.
+    """
+    value = figures.get(key)
+    if isinstance(value, dict):
+        interval = interval_of(value.get("ci95"))
+        correct, total, accuracy = value.get("correct"), value.get("total"), value.get("accuracy")
+        counted = is_number(correct) and is_number(total) and total > 0 and 0 <= correct <= total
+        if interval is None and counted and key.startswith("prompt_level"):
+            return share(int(correct), int(total))
+        if not is_number(accuracy):
+            if not counted:
+                return None
+            accuracy = correct / total
+        low, high = interval or (None, None)
+        return Estimate(float(accuracy), low, high, int(total) if counted else None, "bootstrap")
+    if not is_number(value):
+        return None
+    recorded = section(figures, "ci95").get(key) or section(figures, "intervals").get(key)
+    low, high = interval_of(recorded or figures.get(f"{key}_ci95")) or (None, None)
+    return Estimate(float(value), low, high, None, "bootstrap" if low is not None else None)
+
+
+def by_type(ifeval: dict[str, Any], level: str = "strict") -> dict[str, Estimate]:
+    """Instruction type -> share followed, with Wilson's interval (a prompt rarely has a type twice)."""
+    found = {}
+    for name, entry in sorted(section(ifeval, "by_type").items()):
+        entry = entry.get(level, entry) if isinstance(entry, dict) else entry
+        correct, total = number(entry, "correct", level), number(entry, "total")
+        if correct is not None and total is not None and 0 <= correct <= total and total > 0:
+            found[str(name)] = share(int(correct), int(total))
+    return found
+
+
+def _model(name: str, measured: Any, reports: dict[str, dict[str, Any]]) -> Model | None:
+    measured = measured if isinstance(measured, dict) else {}
+    made_by = reports.get(STAGE_OF.get(name, ""))
+    if not measured and made_by is None:
+        return None
+    size = section(measured, "size")
+    latency = section(measured, "latency")
+    counts = [measured, size, latency]
+    pruned = reports.get("prune", {})
+    if name == "teacher":
+        counts += [section(pruned, "parent"), section(pruned, "before")]
+    elif made_by is not None:
+        counts += [made_by, section(made_by, "after"), pruned, section(pruned, "after")]
+    return Model(
+        name=name,
+        num_parameters=_first_int(counts, "num_parameters"),
+        weight_bytes=_first_int(counts, "weight_bytes"),
+        fidelity=section(measured, "fidelity"),
+        ifeval=section(measured, "ifeval"),
+        latency=latency,
+    )
+
+
+def _first_int(places: Iterable[dict[str, Any]], key: str) -> int | None:
+    found = next((value for place in places if (value := number(place, key)) is not None), None)
+    return int(found) if found is not None else None
+
+
+def _comparison(results: dict[str, Any], reports: dict[str, dict[str, Any]], final: str) -> dict[str, Any]:
+    for holder in (results, reports.get("evaluate", {})):
+        for key in ("comparisons", "comparison"):
+            found = section(holder, key)
+            if found:
+                return section(found, final) or found
+    return {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []

@@ -1,0 +1,245 @@
+"""Before and after, side by side: the one table that terminal, card and page share."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from regrow.files import read_json
+from regrow.reporting.estimate import Estimate
+from regrow.reporting.facts import IFEVAL_FIGURES, Facts, Model, estimate, number, read_facts
+from regrow.reporting.text import (
+    change,
+    count,
+    figure,
+    percent,
+    points,
+    share_with_interval,
+    size,
+    value_with_interval,
+)
+
+NOT_MEASURED = "\u2013"
+LABELS = {
+    "teacher": "Teacher",
+    "pruned": "Pruned",
+    "distilled": "Distilled",
+    "recovered": "Recovered",
+}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table of plain strings, escaped by whoever prints it.
+
+    Attributes:
+        header: one cell per column.
+        rows: cells; every row is as long as the header.
+        caption: a sentence under the table, or empty.
+    """
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    caption: str = ""
+
+    def __bool__(self) -> bool:
+        return bool(self.rows)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure of the table: how it is read from a model and how it is written.
+
+    Attributes:
+        label: what it is, with its unit and the direction that is better.
+        read: the figure of a model, or None where it was not measured.
+        write: its text.
+        versus: text of final against teacher.
+    """
+
+    label: str
+    read: Callable[[Model], Estimate | None]
+    write: Callable[[Estimate], str]
+    versus: Callable[[float, float], str]
+
+
+def before_after_table(results: dict[str, Any] | Facts) -> Table:
+    """Every figure that was measured, one row each, for the teacher and every model of the run.
+
+    Args:
+        results: the value of a run's results.json, or its facts.
+
+    Returns:
+        Header `("", "Teacher", ..., "Change")`; a cell that was not measured holds a dash; rows without any
+        measured cell are left out. `Change` compares the published model with the teacher and is left out
+        where nothing can be compared.
+    """
+    facts = results if isinstance(results, Facts) else read_facts(results)
+    models = facts.models
+    if not models:
+        return Table(("",), ())
+    rows = []
+    for row in _rows(facts):
+        found = [row.read(model) for model in models]
+        if not any(found):
+            continue
+        cells = [row.write(value) if value else NOT_MEASURED for value in found]
+        rows.append((row.label, *cells, _versus(row, facts)))
+    header = ("", *(label_of(model.name) for model in models), "Change")
+    if all(not row[-1] for row in rows):
+        header, rows = header[:-1], [row[:-1] for row in rows]
+    return Table(header, tuple(rows), _caption(facts, rows))
+
+
+def label_of(name: str) -> str:
+    """How a model of the run is called in tables and plots."""
+    return LABELS.get(name, name)
+
+
+def ifeval_name(facts: Facts) -> str:
+    """What the instruction-following figures were measured on; only IFEval itself is called IFEval."""
+    student = facts.student or facts.teacher
+    settings = student.ifeval.get("settings") if student else None
+    source = None
+    if isinstance(settings, dict):
+        source = settings.get("prompts") or settings.get("source")
+    options = facts.recipe.get("evaluate")
+    ifeval = options.get("ifeval") if isinstance(options, dict) else None
+    source = str(source or (ifeval.get("prompts") if isinstance(ifeval, dict) else "") or "")
+    if source.startswith("builtin:"):
+        return "Development set (IFEval's checkers)"
+    return "IFEval"
+
+
+def print_summary(run_dir: str | Path) -> None:
+    """Print the table of a finished run and where its results lie, on standard output."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table as RichTable
+    from rich.text import Text
+
+    run_dir = Path(run_dir)
+    table = before_after_table(read_json(run_dir / "results.json"))
+    console = Console()
+    if table:
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, caption=None)
+        for index, title in enumerate(table.header):
+            shown.add_column(Text(title), justify="left" if index == 0 else "right", overflow="fold")
+        for row in table.rows:
+            shown.add_row(*(Text(cell) for cell in row))
+        console.print(shown)
+        if table.caption:
+            console.print(Text(table.caption))
+    for what, path in (
+        ("model", run_dir / "model"),
+        ("card", run_dir / "model" / "README.md"),
+        ("page", run_dir / "report.html"),
+        ("figures", run_dir / "results.json"),
+    ):
+        if path.exists():
+            console.print(Text(f"{what:8}{path}"), soft_wrap=True)
+
+
+def _versus(row: Row, facts: Facts) -> str:
+    if facts.teacher is None or facts.student is None:
+        return ""
+    before, after = row.read(facts.teacher), row.read(facts.student)
+    return row.versus(before.value, after.value) if before and after else ""
+
+
+def _rows(facts: Facts) -> list[Row]:
+    def plain(part: str, *keys: str) -> Callable[[Model], Estimate | None]:
+        def read(model: Model) -> Estimate | None:
+            value = number(getattr(model, part), *keys)
+            return Estimate(float(value)) if value is not None else None
+
+        return read
+
+    def rated(part: str, key: str) -> Callable[[Model], Estimate | None]:
+        return lambda model: estimate(getattr(model, part), key)
+
+    def perplexity(model: Model) -> Estimate | None:
+        if model.name == "teacher":
+            student = facts.student or next((m for m in facts.models if m.fidelity), None)
+            return estimate(student.fidelity, "teacher_perplexity") if student else None
+        return estimate(model.fidelity, "student_perplexity")
+
+    def corpus(model: Model) -> Estimate | None:
+        nested = model.fidelity.get("corpus")
+        if isinstance(nested, dict):
+            return estimate(nested, "top1_agreement")
+        return estimate(model.fidelity, "corpus_top1_agreement")
+
+    def whole(name: str) -> Callable[[Model], Estimate | None]:
+        def read(model: Model) -> Estimate | None:
+            value = getattr(model, name)
+            return Estimate(float(value)) if value is not None else None
+
+        return read
+
+    none: Callable[[float, float], str] = lambda before, after: ""  # noqa: E731
+    differ: Callable[[float, float], str] = lambda before, after: f"{points(after - before)} points"  # noqa: E731
+    task = ifeval_name(facts)
+    rows = [
+        Row("Parameters", whole("num_parameters"), lambda e: count(e.value), change),
+        Row("Weights on disk", whole("weight_bytes"), lambda e: size(e.value), change),
+        Row(
+            "Held-out top-1 agreement \u2191", rated("fidelity", "top1_agreement"), share_with_interval, none
+        ),
+        Row(
+            "Held-out top-5 agreement \u2191", rated("fidelity", "top5_agreement"), share_with_interval, none
+        ),
+        Row("Held-out KL, mean (nats) \u2193", rated("fidelity", "kl_mean"), value_with_interval, none),
+        Row("Held-out KL, 95th percentile \u2193", rated("fidelity", "kl_p95"), value_with_interval, none),
+        Row("Held-out perplexity \u2193", perplexity, value_with_interval, change),
+        Row("Training-corpus top-1 agreement \u2191", corpus, share_with_interval, none),
+    ]
+    rows += [
+        Row(f"{task}, {label} \u2191", rated("ifeval", key), share_with_interval, differ)
+        for key, label in IFEVAL_FIGURES
+    ]
+    rows += [
+        Row(
+            "Answer length, mean (tokens)",
+            plain("ifeval", "mean_response_tokens", "mean_tokens", "response_tokens_mean"),
+            lambda e: figure(e.value, 3),
+            change,
+        ),
+        Row("Answers cut off", plain("ifeval", "no_stop_rate"), lambda e: percent(e.value), differ),
+        Row("Answers that repeat", plain("ifeval", "repetition_rate"), lambda e: percent(e.value), differ),
+        Row(
+            "Prefill (tokens/s) \u2191",
+            plain("latency", "prefill_tokens_per_s", "prefill_tokens_per_second"),
+            lambda e: figure(e.value, 3),
+            change,
+        ),
+        Row(
+            "Decode (tokens/s) \u2191",
+            plain("latency", "decode_tokens_per_s", "decode_tokens_per_second"),
+            lambda e: figure(e.value, 3),
+            change,
+        ),
+        Row(
+            "Time to first token (s) \u2193", plain("latency", "ttft_s"), lambda e: figure(e.value, 3), change
+        ),
+        Row(
+            "Peak memory \u2193",
+            plain("latency", "peak_memory_bytes", "peak_bytes"),
+            lambda e: size(e.value),
+            change,
+        ),
+    ]
+    return rows
+
+
+def _caption(facts: Facts, rows: list[tuple[str, ...]]) -> str:
+    parts = []
+    if any("[" in cell for row in rows for cell in row):
+        parts.append("Brackets hold 95 % intervals.")
+    student = facts.student
+    tokens = number(student.fidelity, "num_tokens") if student else None
+    if tokens:
+        parts.append(f"Held-out figures are over {count(tokens)} tokens.")
+    if any(NOT_MEASURED in row for row in rows):
+        parts.append(f"{NOT_MEASURED}: not measured, or true by definition.")
+    return " ".join(parts)
