@@ -52,7 +52,7 @@ def causal_lm_name(config: Mapping[str, Any], checkpoint_name: str) -> str | Non
     Routed experts that the checkpoint stores one by one all give the name of the stacked parameter.
     """
     family = find_family(config)
-    if family.mtp_key and checkpoint_name.startswith(family.mtp_prefix):
+    if family.is_mtp(checkpoint_name):
         return None
     for old, new in family.renames:
         if checkpoint_name.startswith(old):

@@ -101,6 +101,10 @@ class Family:
                 raise UserError(f"config.json: {key} is {settings[key]}; mend it.")
         return settings
 
+    def is_mtp(self, name: str) -> bool:
+        """Whether a tensor belongs to the multi-token-prediction head."""
+        return self.mtp_key is not None and name.startswith(self.mtp_prefix)
+
     def num_mtp_layers(self, config: Mapping[str, Any]) -> int:
         """How many multi-token-prediction layers the config declares."""
         count = self.settings(config).get(self.mtp_key, 0) if self.mtp_key else 0

@@ -50,7 +50,7 @@ def expected_tensors(
 
 def part_of(family: Family, name: str) -> str:
     """Which part of the model a tensor belongs to, for counts by part."""
-    if family.mtp_key and name.startswith(family.mtp_prefix):
+    if family.is_mtp(name):
         return "mtp"
     if name.startswith(family.vision_prefixes):
         return "vision"
