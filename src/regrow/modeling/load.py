@@ -1,6 +1,5 @@
-"""From a model's name to a loaded model, its tokenizer and a device. Safetensors only; no pickle is read."""
+"""From a folder to a loaded model, its tokenizer and a device. Safetensors only; no pickle is read."""
 
-import re
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +14,8 @@ from transformers import (
 
 from regrow.errors import UserError
 from regrow.files import read_json
-from regrow.modeling.builtin import builtin_model
 
-_HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*(/[\w.-]+)?$")
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-_HUB_FILES = [
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.txt",
-    "*.model",
-    "*.py",
-    "README.md",
-    "LICENSE*",
-    "NOTICE*",
-]
-
-
-def resolve_model(source: str, revision: str | None = None) -> Path:
-    """The local folder of a model.
-
-    Args:
-        source: a local folder, `builtin:<name>`, or a Hub id (fetched to the Hub's cache, safetensors only).
-        revision: branch, tag or commit of a Hub model.
-
-    Raises:
-        UserError: the folder or the Hub model does not exist, cannot be reached, or has no config.json.
-    """
-    if source.startswith("builtin:"):
-        return builtin_model(source.removeprefix("builtin:"))
-    folder = Path(source).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").is_file():
-            raise UserError(f"{folder} holds no config.json; name the folder of a Hugging Face checkpoint.")
-        return folder
-    if folder.exists():
-        raise UserError(f"{folder} is a file; name the folder that holds the checkpoint.")
-    if not _HUB_ID.match(source):
-        raise UserError(f"The model folder {source} does not exist; check the path.")
-    return _fetch_from_hub(source, revision)
 
 
 def load_model(
@@ -66,7 +28,7 @@ def load_model(
     """The causal language model of a folder, in eval mode.
 
     Args:
-        folder: a checkpoint's folder (see `resolve_model`).
+        folder: a checkpoint's folder (see `regrow.modeling.sources`).
         dtype: `"bfloat16"`, `"float16"`, `"float32"`, or `"auto"` for the checkpoint's own.
         device: where the model is put.
         trust_remote_code: run Python code that the checkpoint brings along.
@@ -129,39 +91,6 @@ def pick_device(name: str = "auto") -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device cuda was asked for and PyTorch sees no CUDA device; use device: auto or cpu.")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _fetch_from_hub(source: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=_HUB_FILES))
-    except GatedRepoError:
-        raise UserError(
-            f"{source} is gated on the Hub; accept its terms there and run: hf auth login."
-        ) from None
-    except RevisionNotFoundError:
-        raise UserError(f"{source} has no revision {revision!r} on the Hub; check the name.") from None
-    except (RepositoryNotFoundError, HFValidationError):
-        raise UserError(
-            f"{source} is neither a local folder nor a model on the Hub; check the name."
-        ) from None
-    except Exception as error:  # the Hub's client raises requests', httpx' and its own errors
-        raise UserError(
-            f"{source} is no local folder and the Hub cannot be reached ({_one_line(error)}); "
-            "check the path, or the network."
-        ) from None
-    if not (folder / "config.json").is_file():
-        raise UserError(f"{source} on the Hub holds no config.json; name a transformers checkpoint.")
-    if not any(folder.glob("*.safetensors")):
-        raise UserError(f"{source} on the Hub has no safetensors weights; regrow reads no other format.")
-    return folder
 
 
 def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
