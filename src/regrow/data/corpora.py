@@ -102,6 +102,13 @@ def corpus_hash(source: str, *, split: str = "train", limit: int | None = None) 
     return open_corpus(source, split=split, limit=limit).hash
 
 
+def is_local(source: str) -> bool:
+    """Whether a corpus needs no Hub: shipped, an existing path, or what can only be meant as a path."""
+    path = Path(source).expanduser()
+    looks_like_a_path = source.startswith((".", "/", "~")) or _suffix(path) in _SUFFIXES
+    return source.startswith("builtin:") or path.exists() or looks_like_a_path
+
+
 def _hash(examples: list[Example]) -> str:
     return sha256_json([[example.messages, example.text] for example in examples])
 
@@ -199,7 +206,7 @@ def _rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
     elif path.is_dir():
         for file in _folder_files(path, split):
             yield from _file_rows(file)
-    elif source.startswith((".", "/", "~")) or _suffix(path) in _SUFFIXES:
+    elif is_local(source):
         raise UserError(f"The corpus {source} does not exist; check the path.")
     else:
         yield from _hub_rows(source, split)
