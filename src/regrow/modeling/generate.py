@@ -1,16 +1,29 @@
-"""Batched generation: finished sequences leave the batch, and text equals one-by-one generation."""
+"""Batched generation in which no step is spent on a finished answer.
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+A finished sequence leaves the batch at once and a waiting one takes its place, prompts of like length are
+read together, and only the last position goes through the head. The text equals one-by-one generation up to
+rounding (in fp32: the same text).
+"""
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from regrow.data.templates import render_prompt, turn_end_ids
-from regrow.errors import UserError
+from regrow.errors import RunError, UserError
+from regrow.modeling.hidden import causal_model
+from regrow.modeling.row_cache import RowCache
+from regrow.modeling.sampling import greedy_tokens, sample_tokens, uniform_stream
 from regrow.progress import Progress
 
 Conversation = Sequence[dict[str, str]] | str
+
+_PREFILL_TOKENS = 4_096
 
 
 @dataclass(frozen=True)
@@ -30,20 +43,15 @@ class Response:
     finished: bool
 
 
-def end_token_ids(tokenizer: Any, model: Any = None) -> list[int]:
-    """Every token that ends an answer, by the configs, the tokenizer or the chat template."""
-    ids: set[int] = set(turn_end_ids(tokenizer))
-    holders = [tokenizer]
-    if model is not None:
-        holders += [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
-    for holder in holders:
-        value = getattr(holder, "eos_token_id", None)
-        if value is not None:
-            ids.update(value if isinstance(value, list | tuple) else [value])
-    return sorted(int(token) for token in ids)
+@dataclass
+class _Row:
+    """A sequence in flight."""
+
+    index: int
+    tokens: list[int] = field(default_factory=list)
+    uniforms: Tensor | None = None
 
 
-@torch.no_grad()
 def generate_responses(
     model: Any,
     tokenizer: Any,
@@ -68,55 +76,92 @@ def generate_responses(
         batch_size: sequences in flight.
         enable_thinking: passed to the chat template when given.
         do_sample, temperature, top_p, seed: sampling; the random numbers of a conversation depend on the seed
-            and its index only, not on who shares its batch. Otherwise greedy, without any penalty.
+            and its index only, not on who shares its batch. Otherwise greedy. The model's own generation
+            config gives end tokens and nothing else: no penalty, no top-k.
         on_result: called with (index, response) as soon as an answer is finished, in any order.
         progress: title of the progress line, or None for silence.
 
+    Returns:
+        one response per conversation, in their order.
+
     Raises:
         UserError: no chat template, or a prompt that does not fit the model's context.
+        RunError: the device's memory is too small for the batch.
     """
     prompts = [encode_prompt(tokenizer, item, enable_thinking) for item in conversations]
-    end_ids = end_token_ids(tokenizer, model)
-    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]), reverse=True)
-    responses: dict[int, Response] = {}
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        with Progress(progress or "", len(prompts), "answers") as bar:
-            for start in range(0, len(order), batch_size):
-                batch = order[start : start + batch_size]
-                length = max(len(prompts[index]) for index in batch)
-                ids = torch.zeros(len(batch), length, dtype=torch.long)
-                mask = torch.zeros_like(ids)
-                for row, index in enumerate(batch):
-                    ids[row, length - len(prompts[index]) :] = torch.tensor(prompts[index])
-                    mask[row, length - len(prompts[index]) :] = 1
-                output = model.generate(
-                    input_ids=ids.to(device),
-                    attention_mask=mask.to(device),
-                    max_new_tokens=max_new_tokens,
-                    do_sample=do_sample,
-                    eos_token_id=end_ids,
-                    pad_token_id=end_ids[0],
-                    **({"temperature": temperature, "top_p": top_p, "top_k": 0} if do_sample else {}),
-                )
-                for row, index in enumerate(batch):
-                    tokens = output[row, length:].tolist()
-                    stop = next((i for i, token in enumerate(tokens) if token in end_ids), None)
-                    kept = tokens if stop is None else tokens[:stop]
-                    text = tokenizer.decode(kept, skip_special_tokens=True)
-                    responses[index] = Response(text, kept, len(kept) + (stop is not None), stop is not None)
-                    if on_result:
-                        on_result(index, responses[index])
-                    bar.advance(1)
-    finally:
-        model.train(was_training)
-    return [responses[index] for index in range(len(prompts))]
+    _check_lengths(model, prompts, max_new_tokens)
+    end_ids = set(end_token_ids(tokenizer, model))
+    responses: list[Response | None] = [None] * len(prompts)
+
+    def uniforms(index: int) -> Tensor | None:
+        return uniform_stream(seed, index, max_new_tokens) if do_sample else None
+
+    def choose(logits_BV: Tensor, rows: list[_Row]) -> list[int]:
+        if not do_sample:
+            return greedy_tokens(logits_BV).tolist()
+        numbers = torch.stack([row.uniforms[len(row.tokens)] for row in rows if row.uniforms is not None])
+        return sample_tokens(
+            logits_BV, numbers.to(logits_BV.device), temperature=temperature, top_p=top_p
+        ).tolist()
+
+    def finish(row: _Row) -> None:
+        ended = row.tokens[-1] in end_ids
+        kept = row.tokens[:-1] if ended else row.tokens
+        text = tokenizer.decode(kept, skip_special_tokens=True)
+        response = Response(text, kept, len(row.tokens), ended)
+        responses[row.index] = response
+        if on_result is not None:
+            on_result(row.index, response)
+        if bar is not None:
+            bar.advance(1)
+
+    title = contextlib.nullcontext() if progress is None else Progress(progress, len(prompts), "answers")
+    with _evaluating(model), title as bar:
+        waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+        decoder = _Decoder(model, min(batch_size, len(prompts)))
+        rows: list[_Row] = []
+        while waiting or rows:
+            room = batch_size - len(rows)
+            if waiting and (not rows or room >= max(batch_size // 8, 1)):
+                group = _next_group(waiting, prompts, room)
+                new = [_Row(index, uniforms=uniforms(index)) for index in group]
+                logits = decoder.read([prompts[index] for index in group])
+                rows += new
+            else:
+                new = rows
+                logits = decoder.step([row.tokens[-1] for row in rows])
+            for row, token in zip(new, choose(logits, new), strict=True):
+                row.tokens.append(token)
+            done = [row.tokens[-1] in end_ids or len(row.tokens) >= max_new_tokens for row in rows]
+            if any(done):
+                kept = _survivors(done)
+                for row, is_done in zip(rows, done, strict=True):
+                    if is_done:
+                        finish(row)
+                decoder.keep(kept)
+                rows = [rows[position] for position in kept]
+    return [response for response in responses if response is not None]
+
+
+def end_token_ids(tokenizer: Any, model: Any = None) -> list[int]:
+    """Every token that ends an answer, by the configs, the tokenizer or the chat template."""
+    ids: set[int] = set(turn_end_ids(tokenizer))
+    holders = [tokenizer]
+    if model is not None:
+        holders += [model.config, model.config.get_text_config(), getattr(model, "generation_config", None)]
+    for holder in holders:
+        value = getattr(holder, "eos_token_id", None)
+        if value is not None:
+            ids.update(value if isinstance(value, list | tuple) else [value])
+    return sorted(int(token) for token in ids)
 
 
 def encode_prompt(tokenizer: Any, conversation: Conversation, enable_thinking: bool | None) -> list[int]:
-    """Token ids of a prompt, ready for the answer."""
+    """Token ids of a prompt, ready for the answer.
+
+    Raises:
+        UserError: no chat template, or nothing is left of the prompt.
+    """
     text = (
         conversation
         if isinstance(conversation, str)
@@ -124,5 +169,95 @@ def encode_prompt(tokenizer: Any, conversation: Conversation, enable_thinking: b
     )
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
-        raise UserError("A prompt is empty after the chat template; leave it out.")
+        raise UserError("A prompt has no tokens; leave it out.")
     return ids
+
+
+class _Decoder:
+    """The model with its cache: prompts in, logits of the next token out."""
+
+    def __init__(self, model: Any, max_rows: int) -> None:
+        self._model = model
+        self._device = next(model.parameters()).device
+        self._config = causal_model(model).config
+        self._max_rows = max_rows
+        self._cache = RowCache(self._config, max_rows)
+        # transformers 5.24 renamed the argument
+        parameters = inspect.signature(causal_model(model).forward).parameters
+        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
+
+    def read(self, prompts: list[list[int]]) -> Tensor:
+        """Read prompts into new rows behind the others; logits [prompts, V] of their first answer token."""
+        lengths = [len(prompt) for prompt in prompts]
+        width = max(lengths)
+        # left padding: linear-attention states must not decay over pads after the prompt
+        input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
+        starts = torch.tensor([width - length for length in lengths])[:, None]
+        columns = torch.arange(width)
+        fresh = RowCache(self._config, len(prompts))
+        logits = self._forward(input_ids, columns >= starts, (columns - starts).clamp(min=0), fresh)
+        self._cache.absorb(fresh.filled(lengths))
+        return logits
+
+    def step(self, tokens: list[int]) -> Tensor:
+        """Append one token to every row; logits [rows, V] of the next."""
+        self._cache.reserve()
+        mask, positions = self._cache.next_inputs()
+        logits = self._forward(torch.tensor(tokens)[:, None], mask, positions, self._cache)
+        self._cache.advance()
+        return logits
+
+    def keep(self, rows: list[int]) -> None:
+        """Drop every row that is not in the list (see `RowCache.keep`)."""
+        self._cache.keep(rows)
+
+    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: RowCache) -> Tensor:
+        output = self._model(
+            input_ids=input_ids.to(self._device),
+            attention_mask=mask.to(self._device, torch.long),
+            position_ids=positions.to(self._device),
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_name: cache},
+        )
+        return output.logits[:, -1]
+
+
+def _next_group(waiting: list[int], prompts: list[list[int]], room: int) -> list[int]:
+    """Take the longest waiting prompts, as many as fit into the batch and into one forward pass."""
+    group = [waiting.pop()]
+    width = len(prompts[group[0]])
+    while waiting and len(group) < room and width * (len(group) + 1) <= _PREFILL_TOKENS:
+        group.append(waiting.pop())
+    return group
+
+
+def _survivors(done: list[bool]) -> list[int]:
+    """Positions that stay, the last ones moved into the gaps, so that few rows are copied."""
+    count = done.count(False)
+    movers = iter([position for position in range(count, len(done)) if not done[position]])
+    return [next(movers) if done[position] else position for position in range(count)]
+
+
+def _check_lengths(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    for index, prompt in enumerate(prompts):
+        if limit is not None and len(prompt) + max_new_tokens > limit:
+            raise UserError(
+                f"Prompt {index} has {len(prompt)} tokens; with {max_new_tokens} new ones it exceeds the "
+                f"model's context of {limit}; shorten it or lower max_new_tokens."
+            )
+
+
+@contextlib.contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """No gradients and no dropout, then the model's mode as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    except torch.OutOfMemoryError:
+        raise RunError("The device's memory is too small for this batch; lower batch_size.") from None
+    finally:
+        model.train(was_training)
