@@ -12,14 +12,12 @@ class Estimate:
         value: the figure itself.
         low, high: ends of the interval, or None where none is known.
         num: how many items it was measured on, where recorded.
-        method: how the interval was made, in words, or None.
     """
 
     value: float
     low: float | None = None
     high: float | None = None
     num: int | None = None
-    method: str | None = None
 
 
 def share(correct: int, total: int) -> Estimate:
@@ -27,7 +25,7 @@ def share(correct: int, total: int) -> Estimate:
     from scipy.stats import binomtest
 
     interval = binomtest(correct, total).proportion_ci(confidence_level=0.95, method="wilson")
-    return Estimate(correct / total, float(interval.low), float(interval.high), total, "Wilson")
+    return Estimate(correct / total, float(interval.low), float(interval.high), total)
 
 
 def interval_of(recorded: Any) -> tuple[float, float] | None:

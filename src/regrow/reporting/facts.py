@@ -6,8 +6,10 @@ benchmark that was not run leaves a gap instead of an error or an invented figur
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from regrow.files import read_json
 from regrow.reporting.estimate import Estimate, interval_of, share
 from regrow.reporting.text import is_hub_id, is_number, public_name
 
@@ -44,6 +46,8 @@ class Facts:
         reports: stage -> its report.
         seconds: stage -> wall time.
         environment: hardware and versions.
+        config: the published model's config.json.
+        has_chat_template: whether the published model's folder holds a chat template.
         parent_card: what the parent's own card and licence file say (`parent.read_parent`).
         comparison: paired comparison of the final model with the teacher, per benchmark, or empty.
         notes: everything skipped or approximated, one sentence each.
@@ -56,6 +60,8 @@ class Facts:
     seconds: dict[str, float]
     environment: dict[str, Any]
     parent_card: dict[str, Any]
+    config: dict[str, Any]
+    has_chat_template: bool
     comparison: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -85,14 +91,29 @@ class Facts:
         return str(known) if known is not None and is_hub_id(known) else None
 
     @property
+    def has_vision(self) -> bool:
+        """Whether the published model has a vision part."""
+        return bool(section(self.config, "vision_config"))
+
+    @property
+    def text_config(self) -> dict[str, Any]:
+        """The language model's part of the configuration."""
+        return section(self.config, "text_config") or self.config
+
+    @property
     def name(self) -> str:
         """Name of the published model."""
         report = section(self.recipe, "report")
         return str(report.get("model_id") or self.recipe.get("name") or "pruned-model")
 
 
-def read_facts(results: Any) -> Facts:
-    """Bring the value of a results.json into one shape; whatever is missing or malformed is left out."""
+def read_facts(results: Any, model: Path | None = None) -> Facts:
+    """Bring the value of a results.json into one shape; whatever is missing or malformed is left out.
+
+    Args:
+        results: the value of results.json.
+        model: folder of the published model, for its configuration and file names.
+    """
     results = results if isinstance(results, dict) else {}
     stages = {name: entry for name, entry in section(results, "stages").items() if isinstance(entry, dict)}
     reports = {name: section(entry, "report") for name, entry in stages.items()}
@@ -111,6 +132,8 @@ def read_facts(results: Any) -> Facts:
         seconds={name: e["seconds"] for name, e in stages.items() if is_number(e.get("seconds"))},
         environment=environment,
         parent_card=section(results, "parent_card"),
+        config=_json_in(model, "config.json"),
+        has_chat_template=_has_chat_template(model),
         comparison=_comparison(results, reports, str(final)),
         notes=tuple(dict.fromkeys(str(note) for note in _list(results.get("notes")))),
     )
@@ -132,41 +155,41 @@ def number(value: Any, *keys: str) -> float | None:
 
 
 def estimate(figures: dict[str, Any], key: str) -> Estimate | None:
-    """One figure of a benchmark with its recorded interval.
+    """One figure of a benchmark with its recorded 95 % interval (`intervals: {key: [low, high]}`).
 
-    Understands a plain number with the interval beside it (`ci95: {key: [low, high]}` or `<key>_ci95`) and a
-    count `{"correct", "total", "accuracy", "ci95"}`. Prompts are independent, so a prompt-level count without
-    an interval is given Wilson's; instructions of one prompt are not, so theirs is left without one.
+    The figure is a number or a count `{"correct", "total", "accuracy"}`. Prompts are independent, so a
+    prompt-level count without an interval is given Wilson's; instructions of one prompt are not, so theirs
+    is left without one.
     """
     value = figures.get(key)
-    if isinstance(value, dict):
-        interval = interval_of(value.get("ci95"))
-        correct, total, accuracy = value.get("correct"), value.get("total"), value.get("accuracy")
-        counted = is_number(correct) and is_number(total) and total > 0 and 0 <= correct <= total
-        if interval is None and counted and key.startswith("prompt_level"):
-            return share(int(correct), int(total))
-        if not is_number(accuracy):
-            if not counted:
-                return None
-            accuracy = correct / total
-        low, high = interval or (None, None)
-        return Estimate(float(accuracy), low, high, int(total) if counted else None, "bootstrap")
-    if not is_number(value):
-        return None
-    recorded = section(figures, "ci95").get(key) or section(figures, "intervals").get(key)
-    low, high = interval_of(recorded or figures.get(f"{key}_ci95")) or (None, None)
-    return Estimate(float(value), low, high, None, "bootstrap" if low is not None else None)
+    interval = interval_of(section(figures, "intervals").get(key))
+    low, high = interval or (None, None)
+    if not isinstance(value, dict):
+        return Estimate(float(value), low, high) if is_number(value) else None
+    counted = _counts(value)
+    accuracy = value.get("accuracy")
+    if counted is None:
+        return Estimate(float(accuracy), low, high) if is_number(accuracy) else None
+    if interval is None and key.startswith("prompt_level"):
+        return share(*counted)
+    return Estimate(counted[0] / counted[1], low, high, counted[1])
 
 
-def by_type(ifeval: dict[str, Any], level: str = "strict") -> dict[str, Estimate]:
+def by_type(ifeval: dict[str, Any], mode: str = "strict") -> dict[str, Estimate]:
     """Instruction type -> share followed, with Wilson's interval (a prompt rarely has a type twice)."""
     found = {}
     for name, entry in sorted(section(ifeval, "by_type").items()):
-        entry = entry.get(level, entry) if isinstance(entry, dict) else entry
-        correct, total = number(entry, "correct", level), number(entry, "total")
-        if correct is not None and total is not None and 0 <= correct <= total and total > 0:
-            found[str(name)] = share(int(correct), int(total))
+        counted = _counts(section(entry, mode))
+        if counted is not None:
+            found[str(name)] = share(*counted)
     return found
+
+
+def _counts(value: dict[str, Any]) -> tuple[int, int] | None:
+    correct, total = value.get("correct"), value.get("total")
+    if is_number(correct) and is_number(total) and 0 <= correct <= total and total > 0:
+        return int(correct), int(total)
+    return None
 
 
 def _model(name: str, measured: Any, reports: dict[str, dict[str, Any]]) -> Model | None:
@@ -204,6 +227,19 @@ def _comparison(results: dict[str, Any], reports: dict[str, dict[str, Any]], fin
             if found:
                 return section(found, final) or found
     return {}
+
+
+def _has_chat_template(model: Path | None) -> bool:
+    if model is not None and (model / "chat_template.jinja").is_file():
+        return True
+    return bool(_json_in(model, "tokenizer_config.json").get("chat_template"))
+
+
+def _json_in(model: Path | None, name: str) -> dict[str, Any]:
+    if model is None or not (model / name).is_file():
+        return {}
+    value = read_json(model / name)
+    return value if isinstance(value, dict) else {}
 
 
 def _list(value: Any) -> list[Any]:

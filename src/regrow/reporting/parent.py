@@ -1,4 +1,4 @@
-"""What the parent says about itself: licence, language and origin, so that the child's card can inherit them."""
+"""What the parent says about itself (licence, language, origin), for its child's card to inherit."""
 
 import json
 import re
@@ -40,8 +40,8 @@ def read_parent(folder: str | Path) -> dict[str, Any]:
     if isinstance(source.get("model_id"), str):
         facts["model_id"] = source["model_id"]
         facts["origin"] = (
-            f"The parent used here is {source['model_id']} dequantised from the GGUF file in the PyPI package "
-            f"{source.get('requirement')}, so it already differs from the original by that file's rounding."
+            f"The parent used here is {source['model_id']} dequantised from the GGUF file in the PyPI package"
+            f" {source.get('requirement')}, so it already differs from the original by that file's rounding."
         )
     return facts
 

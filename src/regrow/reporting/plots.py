@@ -98,9 +98,9 @@ def lines(name: str, panels: Sequence[Panel], xlabel: str, description: str) -> 
                 ax.axvline(x, color=_ROLES["muted"][0], linewidth=0.8, linestyle=":")
                 ax.annotate(
                     _plain(label),
-                    (x, 1.0),
+                    (x, 0.0),
                     xycoords=("data", "axes fraction"),
-                    xytext=(3, -9),
+                    xytext=(3, 4),
                     textcoords="offset points",
                     color=_ROLES["muted"][0],
                     fontsize=8,

@@ -7,19 +7,21 @@ from typing import Any
 
 from regrow.files import read_json
 from regrow.reporting.estimate import Estimate
-from regrow.reporting.facts import IFEVAL_FIGURES, Facts, Model, estimate, number, read_facts
+from regrow.reporting.facts import IFEVAL_FIGURES, Facts, Model, estimate, number, read_facts, section
 from regrow.reporting.text import (
     change,
     count,
     figure,
     percent,
     points,
+    public_name,
     share_with_interval,
     size,
     value_with_interval,
 )
 
 NOT_MEASURED = "\u2013"
+IFEVAL_SIZE = (541, 834)  # prompts, instructions
 LABELS = {
     "teacher": "Teacher",
     "pruned": "Pruned",
@@ -97,17 +99,23 @@ def label_of(name: str) -> str:
 
 
 def ifeval_name(facts: Facts) -> str:
-    """What the instruction-following figures were measured on; only IFEval itself is called IFEval."""
-    student = facts.student or facts.teacher
-    settings = student.ifeval.get("settings") if student else None
-    source = None
-    if isinstance(settings, dict):
-        source = settings.get("prompts") or settings.get("source")
-    options = facts.recipe.get("evaluate")
-    ifeval = options.get("ifeval") if isinstance(options, dict) else None
-    source = str(source or (ifeval.get("prompts") if isinstance(ifeval, dict) else "") or "")
+    """What the instruction-following figures were measured on; only IFEval itself is called IFEval.
+
+    A local file is taken for IFEval where its prompts and instructions are as many as IFEval's.
+    """
+    model = facts.student or facts.teacher
+    options = section(section(facts.recipe, "evaluate"), "ifeval")
+    source = str(options.get("prompts") or "google/IFEval")
     if source.startswith("builtin:"):
-        return "Development set (IFEval's checkers)"
+        return "Development set"
+    prompts, instructions = (
+        number(section(model.ifeval, key), "total") if model else None
+        for key in ("prompt_level_strict", "inst_level_strict")
+    )
+    if source != "google/IFEval" and (prompts, instructions) != IFEVAL_SIZE:
+        return f"IFEval's checkers on {public_name(source)}"
+    if prompts is not None and prompts < IFEVAL_SIZE[0]:
+        return f"IFEval (first {count(prompts)} prompts)"
     return "IFEval"
 
 
@@ -201,7 +209,7 @@ def _rows(facts: Facts) -> list[Row]:
     rows += [
         Row(
             "Answer length, mean (tokens)",
-            plain("ifeval", "mean_response_tokens", "mean_tokens", "response_tokens_mean"),
+            plain("ifeval", "mean_response_tokens"),
             lambda e: figure(e.value, 3),
             change,
         ),

@@ -3,16 +3,20 @@
 import math
 import re
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, TypeGuard
 
 from regrow.reporting.estimate import Estimate
 
-_MARKDOWN = re.compile(r"([\\`*_{}\[\]<>|#~$])")
+_MARKDOWN = re.compile(
+    r"[\\`*{}\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+=-](?=[\s#+=-]|$)|^\d+(?=[.)](\s|$))"
+)
+_INTERVAL = re.compile(r"(\[[-+\u2212]?[\d.,]+, [-+\u2212]?[\d.,]+\])(?![(\[:])")
+_ENTITY = re.compile(r"&(?=#?\w+;)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
-def is_number(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
     """Whether a recorded value is a finite number (true and false are not)."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
@@ -24,7 +28,15 @@ def one_line(value: Any) -> str:
 
 def escape_markdown(value: Any) -> str:
     """A recorded string that Markdown (also in a table cell) shows literally."""
-    return _MARKDOWN.sub(r"\\\1", one_line(value)).replace("\\<", "&lt;").replace("\\>", "&gt;")
+    parts = _INTERVAL.split(one_line(value))
+    # Every second part is an interval such as [0.1, 0.2], which no renderer takes for anything else.
+    parts[::2] = [_MARKDOWN.sub(_backslash, part) for part in parts[::2]]
+    return _ENTITY.sub("&amp;", "".join(parts)).replace("<", "&lt;").replace(">", "&gt;")
+
+
+def _backslash(match: re.Match[str]) -> str:
+    text = match.group(0)
+    return f"{text}\\" if text.isdigit() else f"\\{text}"
 
 
 def code_span(value: Any) -> str:
@@ -88,7 +100,7 @@ def duration(seconds: float) -> str:
 
 
 def figure(value: Any, digits: int = 4) -> str:
-    """A measured figure with up to `digits` significant digits, never in scientific notation where readable."""
+    """A measured figure with `digits` significant digits, as plain decimals where that is readable."""
     if isinstance(value, bool) or value is None:
         return one_line(value)
     if not is_number(value):

@@ -1,0 +1,195 @@
+"""How the model was made, in sentences: what each stage did, on what, and what it left alone."""
+
+from regrow.reporting.facts import Facts, number, section
+from regrow.reporting.records import TRAINING_STAGES, final_point, held_out_points, widths
+from regrow.reporting.text import change, count, duration, figure, one_line, percent
+
+_REGIMES = {
+    "bf16_mixed": "bf16 mixed precision (trained weights in fp32)",
+    "bf16": "bf16 non-mixed precision",
+    "fp32": "fp32",
+}
+_LOSSES = {
+    "forward_kl": "KL(teacher || student)",
+    "reverse_kl": "KL(student || teacher)",
+    "jsd": "generalised Jensen-Shannon divergence",
+    "skewed_kl": "skewed KL",
+}
+_STAGES = {"distill": "Distillation", "recover": "LoRA recovery"}
+
+
+def procedure(facts: Facts) -> list[str]:
+    """One sentence per stage that changed or measured the model."""
+    found = []
+    calibrated = facts.reports.get("calibrate")
+    if calibrated is not None:
+        tokens = number(calibrated, "num_tokens")
+        found.append(
+            "Calibrated: channel statistics of the parent"
+            + (f" over {count(tokens)} tokens." if tokens else ".")
+        )
+    pruned = facts.reports.get("prune")
+    if pruned is not None:
+        options = section(facts.recipe, "prune")
+        criterion = pruned.get("criterion") or options.get("criterion")
+        text = "Pruned: every MLP cut to the same width"
+        if criterion:
+            text += f", channels chosen by the criterion {one_line(criterion)}"
+        if pruned.get("refit", options.get("refit")):
+            text += "; down_proj refitted by ridge least squares"
+        found.append(f"{text}.")
+    for stage in TRAINING_STAGES:
+        if stage in facts.reports:
+            options = section(facts.recipe, stage)
+            loss = _LOSSES.get(str(options.get("loss")), "divergence")
+            what = "Distilled" if stage == "distill" else "Recovered: LoRA trained and merged"
+            found.append(
+                f"{what}: {loss} over the full vocabulary, computed in fp32, against the frozen parent."
+            )
+    return found
+
+
+def preprocessing(facts: Facts) -> list[str]:
+    """What happened to the text before it was tokens."""
+    if not facts.recipe.get("corpora"):
+        return []
+    found = []
+    length = number(facts.recipe, "sequence_length")
+    cut = f", truncated at {count(length)} tokens" if length else ""
+    found.append(
+        f"Rows with the parent's chat template applied where it has one{cut}; padding is never counted."
+    )
+    thinking = facts.recipe.get("enable_thinking")
+    if isinstance(thinking, bool):
+        found.append(f"The template's thinking mode is {'on' if thinking else 'off'}.")
+    return found
+
+
+def training_regime(facts: Facts) -> list[tuple[str, str]]:
+    """The line that the Hub's template asks for."""
+    stages = [section(facts.recipe, stage) for stage in TRAINING_STAGES if stage in facts.reports]
+    regimes = dict.fromkeys(str(options.get("precision")) for options in stages if options.get("precision"))
+    return (
+        [("Training regime", ", ".join(_REGIMES.get(name, one_line(name)) for name in regimes))]
+        if regimes
+        else []
+    )
+
+
+def training_course(facts: Facts) -> list[str]:
+    """What the training stages did to the held-out figures, and where they stopped."""
+    found = []
+    for stage in TRAINING_STAGES:
+        points = held_out_points(facts, stage)
+        if len(points) < 2:
+            continue
+        first, last = points[0], final_point(facts, stage) or points[-1]
+        parts = []
+        for key, label, write in (
+            ("kl", "KL", lambda v: figure(v, 3)),
+            ("top1", "top-1 agreement", percent),
+        ):
+            before, after = first.get(key), last.get(key)
+            if before is not None and after is not None:
+                parts.append(f"{label} {write(before)} to {write(after)}")
+        if parts:
+            found.append(f"{_STAGES[stage]}, held-out text during training: {', '.join(parts)}.")
+    return found
+
+
+def factors(facts: Facts) -> str:
+    """What the results are split by."""
+    found = []
+    if sum(bool(model.fidelity) for model in facts.models) > 1:
+        found.append("by stage of the run")
+    if facts.student and section(facts.student.ifeval, "by_type"):
+        found.append("by type of instruction")
+    return f"Results are given {' and '.join(found)}." if found else ""
+
+
+def pruned_and_preserved(facts: Facts) -> list[str]:
+    """What the cut took and what it left bit-identical."""
+    pruned = facts.reports.get("prune")
+    if pruned is None:
+        return []
+    before, after = widths(facts)
+    found = []
+    if before and after:
+        found.append(
+            f"Cut: {count(before - after)} of {count(before)} channels in every MLP "
+            f"({change(before, after)}): rows of gate_proj and up_proj with their columns of down_proj."
+        )
+    kept = "attention, embeddings, output layer and norms"
+    if facts.has_vision:
+        kept += ", and the vision part"
+    found.append(f"Bit-identical to the parent's after the cut: {kept}.")
+    refitted = number(pruned, "refitted")
+    if refitted:
+        found.append(f"Refitted: {count(refitted)} down_proj matrices.")
+    trained = [
+        _TRAINED[str(section(facts.recipe, s).get("train"))]
+        for s in ("distill",)
+        if s in facts.reports and str(section(facts.recipe, s).get("train")) in _TRAINED
+    ]
+    found += [f"Trained afterwards: {what}." for what in trained]
+    mtp = pruned.get("mtp")
+    if mtp in ("pruned", "dropped"):
+        found.append(f"The multi-token-prediction layer was {mtp}.")
+    return found
+
+
+_TRAINED = {
+    "mlp": "the MLPs; everything else stayed as it was",
+    "all_but_embeddings": "every weight of the language model but the embedding and the output layer",
+}
+
+
+def engines(facts: Facts) -> list[str]:
+    """What verification and alignment say about other engines."""
+    pruned = facts.reports.get("prune", {})
+    found = []
+    alignment = pruned.get("alignment")
+    for line in alignment if isinstance(alignment, list) else [alignment] if alignment else []:
+        found.append(one_line(line))
+    for holder in (pruned, section(pruned, "verification"), section(pruned, "verify")):
+        engines_found = holder.get("engines")
+        if isinstance(engines_found, dict):
+            found += [f"{one_line(name)}: {one_line(_said(entry))}" for name, entry in engines_found.items()]
+        elif isinstance(engines_found, list):
+            found += [one_line(_said(entry)) for entry in engines_found]
+    return list(dict.fromkeys(found))
+
+
+def loading_note(facts: Facts) -> str:
+    """What the snippet does not show."""
+    if facts.has_vision:
+        return (
+            "This loads the language model alone; AutoModelForImageTextToText loads the vision part with it, "
+            "which the cut left untouched."
+        )
+    return ""
+
+
+def objective(facts: Facts) -> str:
+    """The objective that the weights were trained on last."""
+    losses = dict.fromkeys(
+        _LOSSES[str(section(facts.recipe, stage).get("loss"))]
+        for stage in TRAINING_STAGES
+        if stage in facts.reports and str(section(facts.recipe, stage).get("loss")) in _LOSSES
+    )
+    if not losses:
+        return ""
+    return f"Decoder-only language model; objective of the regrowth: {' then '.join(losses)}, token by token."
+
+
+def wall_time(facts: Facts) -> str:
+    """All stages together."""
+    return duration(sum(facts.seconds.values())) if facts.seconds else ""
+
+
+def _said(entry: object) -> str:
+    if isinstance(entry, bool):
+        return "ok" if entry else "no"
+    if isinstance(entry, dict):
+        return "; ".join(f"{key}: {_said(value)}" for key, value in entry.items())
+    return str(entry)

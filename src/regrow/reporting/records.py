@@ -1,0 +1,336 @@
+"""The tables of card and page: data, settings, times, layers, parts, machine, versions, as recorded."""
+
+from collections.abc import Iterable
+from typing import Any
+
+from regrow.reporting.facts import Facts, by_type, number, section
+from regrow.reporting.table import NOT_MEASURED, Table, label_of
+from regrow.reporting.text import (
+    count,
+    duration,
+    figure,
+    one_line,
+    percent,
+    public_name,
+    share_with_interval,
+    size,
+)
+
+TRAINING_STAGES = ("distill", "recover")
+_STAGE_NAMES = {
+    "calibrate": "Calibrate",
+    "prune": "Prune",
+    "distill": "Distil",
+    "recover": "Recover (LoRA)",
+    "evaluate": "Evaluate",
+    "report": "Report",
+}
+_SETTINGS = {
+    "max_steps": "Optimiser steps",
+    "loss": "Loss",
+    "beta": "Mixture weight (beta)",
+    "temperature": "Temperature",
+    "tokens": "Tokens that count",
+    "train": "Weights trained",
+    "learning_rate": "Learning rate (peak)",
+    "weight_decay": "Weight decay",
+    "warmup_fraction": "Warm-up share",
+    "max_grad_norm": "Gradient clipping (norm)",
+    "batch_tokens": "Tokens per batch",
+    "gradient_accumulation_steps": "Gradient accumulation",
+    "precision": "Precision",
+    "optimizer": "Optimiser",
+    "select_best": "Best checkpoint kept",
+    "rank": "LoRA rank",
+    "alpha": "LoRA alpha",
+    "dropout": "LoRA dropout",
+    "targets": "LoRA targets",
+    "linear_attention": "LoRA on linear attention",
+}
+
+
+def widths(facts: Facts) -> tuple[int | None, int | None]:
+    """Channels per MLP before and after the cut, where all layers agree."""
+    report = facts.reports.get("prune", {})
+    before = number(report, "width_before")
+    after = number(section(report, "width"), "dense", "expert")
+    if after is None:
+        after = number(report, "width") or number(section(facts.recipe, "prune"), "width")
+    return (int(before) if before else None, int(after) if after else None)
+
+
+def layer_records(facts: Facts) -> list[dict[str, Any]]:
+    """What pruning recorded of each MLP, in order."""
+    report = facts.reports.get("prune", {})
+    found = report.get("layers")
+    return [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
+
+
+def layer_error(layer: dict[str, Any], when: str) -> float | None:
+    """Relative error of an MLP's output on held-out calibration tokens, `before` or `after` the refit."""
+    return number(layer, f"error_{when}")
+
+
+def layer_table(facts: Facts) -> Table:
+    """One row per MLP: channels kept, relative output error before and after the refit."""
+    layers = layer_records(facts)
+    columns: list[tuple[str, list[str]]] = [("MLP", [one_line(_site(layer)) for layer in layers])]
+    for when, title in (("before", "Error after the cut"), ("after", "Error after the refit")):
+        values = [layer_error(layer, when) for layer in layers]
+        columns.append((title, [percent(v, 2) if v is not None else NOT_MEASURED for v in values]))
+    rho = [number(layer, "rho") for layer in layers]
+    columns.append(("Ridge (rho)", [figure(v, 2) if v is not None else NOT_MEASURED for v in rho]))
+    filled = [(title, cells) for title, cells in columns if any(cell != NOT_MEASURED for cell in cells)]
+    # Names alone say nothing: without any measured column there is no table.
+    rows = tuple(zip(*(cells for _, cells in filled), strict=True)) if len(filled) > 1 else ()
+    caption = "Error: squared error of the MLP's output relative to its squared size, on held-out tokens."
+    return Table(tuple(title for title, _ in filled), rows, caption if len(filled) > 1 else "")
+
+
+def layer_summary(facts: Facts) -> str:
+    """The per-layer errors in one sentence."""
+    pairs = [
+        (_site(layer), layer_error(layer, "before"), layer_error(layer, "after"))
+        for layer in layer_records(facts)
+    ]
+    after = [(value, site) for site, _, value in pairs if value is not None]
+    before = [(value, site) for site, value, _ in pairs if value is not None]
+    shown = after or before
+    if not shown:
+        return ""
+    mean = sum(value for value, _ in shown) / len(shown)
+    worst, site = max(shown)
+    text = f"Mean relative output error of {len(shown)} MLPs: "
+    if after and before:
+        text += f"{percent(sum(v for v, _ in before) / len(before), 2)} after the cut, "
+        text += f"{percent(mean, 2)} after the refit"
+    else:
+        text += f"{percent(mean, 2)} after the {'refit' if after else 'cut'}"
+    return f"{text}; the largest is {percent(worst, 2)} at {one_line(site)}."
+
+
+def loss_points(facts: Facts, stage: str) -> list[tuple[float, float]]:
+    """(step, training loss) of a training stage."""
+    pairs = [(number(entry, "step"), number(entry, "loss")) for entry in _entries(facts, stage, "losses")]
+    return [(step, loss) for step, loss in pairs if step is not None and loss is not None]
+
+
+def held_out_points(facts: Facts, stage: str) -> list[dict[str, float]]:
+    """Held-out `kl` and `top1` by `step` during a training stage."""
+    found = []
+    for entry in _entries(facts, stage, "held_out"):
+        values = {"step": number(entry, "step"), "kl": number(entry, "kl")}
+        values["top1"] = number(entry, "top1_agreement")
+        point = {key: value for key, value in values.items() if value is not None}
+        if "step" in point and len(point) > 1:
+            found.append(point)
+    return found
+
+
+def final_point(facts: Facts, stage: str) -> dict[str, float] | None:
+    """The held-out figures of the weights that a training stage gave back."""
+    best = number(facts.reports.get(stage, {}), "best_step")
+    return next((point for point in held_out_points(facts, stage) if point["step"] == best), None)
+
+
+def data_table(facts: Facts) -> Table:
+    """The corpora: what for, where from, how much of it, which bytes."""
+    rows = []
+    for use, corpora in (
+        ("calibration and training" if _trained(facts) else "calibration", facts.recipe.get("corpora")),
+        ("held-out measurement", [facts.recipe.get("held_out")]),
+    ):
+        for corpus in corpora if isinstance(corpora, list) else []:
+            if isinstance(corpus, dict) and corpus.get("source"):
+                limit = number(corpus, "limit")
+                rows.append(
+                    (
+                        public_name(corpus["source"]),
+                        one_line(corpus.get("split", "")),
+                        use,
+                        f"{number(corpus, 'weight') or 1:g}",
+                        count(limit) if limit else "all",
+                        _hash_of(facts, corpus),
+                    )
+                )
+    return _without_empty(Table(("Corpus", "Split", "Used for", "Weight", "Rows", "Hash"), tuple(rows)))
+
+
+def settings_table(facts: Facts) -> Table:
+    """Settings of the training stages, side by side."""
+    stages = [stage for stage in TRAINING_STAGES if stage in facts.reports]
+    sections = [section(facts.recipe, stage) for stage in stages]
+    loss_needs_beta = any(part.get("loss") in ("jsd", "skewed_kl") for part in sections)
+    rows = []
+    for key, label in _SETTINGS.items():
+        if key == "beta" and not loss_needs_beta:
+            continue
+        values = [part.get(key) for part in sections]
+        if any(value is not None for value in values):
+            rows.append((label, *(_setting(value) for value in values)))
+    return Table(("Setting", *(_STAGE_NAMES[stage] for stage in stages)), tuple(rows))
+
+
+def times_table(facts: Facts) -> Table:
+    """Wall time per stage and what it worked through."""
+    rows = []
+    for stage, seconds in facts.seconds.items():
+        report = facts.reports.get(stage, {})
+        tokens = number(report, "num_tokens", "tokens_seen", "num_tokens_seen")
+        rate = number(report, "tokens_per_s", "tokens_per_second")
+        steps = number(report, "steps", "num_steps", "global_step")
+        rows.append(
+            (
+                _STAGE_NAMES.get(stage, stage),
+                duration(seconds),
+                count(steps) if steps is not None else "",
+                count(tokens) if tokens is not None else "",
+                figure(rate, 3) if rate is not None else "",
+            )
+        )
+    if len(rows) > 1:
+        rows.append(("All", duration(sum(facts.seconds.values())), "", "", ""))
+    return _without_empty(Table(("Stage", "Wall time", "Steps", "Tokens", "Tokens/s"), tuple(rows)))
+
+
+def types_table(facts: Facts) -> Table:
+    """IFEval by type of instruction: teacher and published model, strict, with intervals."""
+    models = [m for m in (facts.teacher, facts.student) if m is not None and by_type(m.ifeval)]
+    found = [by_type(model.ifeval) for model in models]
+    names = sorted({name for shares in found for name in shares})
+    rows = []
+    for name in names:
+        shares = [one.get(name) for one in found]
+        num = next((share.num for share in shares if share), None)
+        cells = [share_with_interval(share) if share else NOT_MEASURED for share in shares]
+        rows.append((one_line(name), count(num), *cells))
+    header = ("Instruction", "Count", *(label_of(model.name) for model in models))
+    return Table(header, tuple(rows), "Strict; 95 % Wilson intervals. Single types are small samples.")
+
+
+def parts_table(facts: Facts) -> Table:
+    """Which parts were cut, which were trained, which are bit-identical to the parent's."""
+    preserved = facts.reports.get("prune", {}).get("preserved")
+    rows: list[tuple[str, ...]] = []
+    if isinstance(preserved, dict):
+        for part, entry in preserved.items():
+            rows.append((one_line(part), count(entry) if isinstance(entry, int) else one_line(entry)))
+    return Table(("Part", "Kept bit-identical by the cut"), tuple(rows))
+
+
+def hardware_lines(facts: Facts) -> list[tuple[str, str]]:
+    """The machine."""
+    hardware = section(facts.environment, "hardware")
+    found = []
+    gpus = [gpu for gpu in hardware.get("gpus") or [] if isinstance(gpu, dict)]
+    names: dict[str, int] = {}
+    for gpu in gpus:
+        memory = number(gpu, "memory_bytes")
+        name = one_line(gpu.get("name", "GPU")) + (f" ({size(memory)})" if memory else "")
+        names[name] = names.get(name, 0) + 1
+    if names:
+        found.append(("GPU", ", ".join(f"{num} x {name}" for name, num in names.items())))
+    if hardware.get("cpu"):
+        cores = number(hardware, "num_cores")
+        found.append(("CPU", f"{one_line(hardware['cpu'])}{f', {count(cores)} cores' if cores else ''}"))
+    memory = number(hardware, "memory_bytes")
+    if memory:
+        found.append(("Memory", size(memory)))
+    return found
+
+
+def impact_lines(facts: Facts) -> list[tuple[str, str]]:
+    """Hours, and energy and carbon where codecarbon recorded them."""
+    found = []
+    if facts.seconds:
+        found.append(("Hours used", f"{sum(facts.seconds.values()) / 3600:.2f} (wall time of all stages)"))
+    energy = _total(facts, "energy_kwh")
+    carbon = _total(facts, "co2eq_kg")
+    if energy is not None:
+        found.append(("Energy", f"{figure(energy, 3)} kWh (estimated by codecarbon)"))
+    if carbon is not None:
+        found.append(("Carbon emitted", f"{figure(1000 * carbon, 3)} g CO2eq (estimated by codecarbon)"))
+    return found
+
+
+def versions_lines(facts: Facts) -> list[tuple[str, str]]:
+    """Versions of the software."""
+    return [(one_line(k), one_line(v)) for k, v in section(facts.environment, "versions").items() if v]
+
+
+def architecture_lines(facts: Facts) -> list[tuple[str, str]]:
+    """The published model's shape, from its configuration."""
+    config = facts.text_config
+    found = []
+    names = facts.config.get("architectures")
+    if isinstance(names, list) and names:
+        found.append(("Class", ", ".join(one_line(name) for name in names)))
+    for key, label in (
+        ("num_hidden_layers", "Layers"),
+        ("hidden_size", "Hidden size"),
+        ("intermediate_size", "Intermediate size (channels per MLP)"),
+        ("num_attention_heads", "Attention heads"),
+        ("num_key_value_heads", "Key/value heads"),
+        ("vocab_size", "Vocabulary"),
+        ("max_position_embeddings", "Positions"),
+    ):
+        value = number(config, key)
+        if value is not None:
+            found.append((label, count(value)))
+    return found
+
+
+def _entries(facts: Facts, stage: str, key: str) -> list[dict[str, Any]]:
+    found = facts.reports.get(stage, {}).get(key)
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
+
+
+def _site(layer: dict[str, Any]) -> str:
+    return str(layer.get("name", "?"))
+
+
+def _trained(facts: Facts) -> bool:
+    return any(stage in facts.reports for stage in TRAINING_STAGES)
+
+
+def _setting(value: Any) -> str:
+    if value is None:
+        return NOT_MEASURED
+    if isinstance(value, list):
+        return ", ".join(one_line(item) for item in value)
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else one_line(value)
+
+
+def _hash_of(facts: Facts, corpus: dict[str, Any]) -> str:
+    for report in facts.reports.values():
+        for entry in report.get("corpora") or []:
+            if isinstance(entry, dict) and _same_corpus(entry, corpus) and entry.get("hash"):
+                return one_line(entry["hash"])[:12]
+    return ""
+
+
+def _same_corpus(entry: dict[str, Any], corpus: dict[str, Any]) -> bool:
+    """Stages record local files by name only."""
+    same = public_name(entry.get("source")) == public_name(corpus["source"])
+    return same and entry.get("split", corpus.get("split")) == corpus.get("split")
+
+
+def _total(facts: Facts, key: str) -> float | None:
+    found = [
+        value
+        for report in facts.reports.values()
+        if (value := number(section(report, "emissions"), key)) is not None
+    ]
+    return sum(found) if found else None
+
+
+def _without_empty(table: Table) -> Table:
+    """The table without columns in which every cell is empty."""
+    kept = [i for i in range(len(table.header)) if any(row[i] for row in table.rows)]
+    return Table(_pick(table.header, kept), tuple(_pick(row, kept) for row in table.rows), table.caption)
+
+
+def _pick(cells: tuple[str, ...], kept: Iterable[int]) -> tuple[str, ...]:
+    return tuple(cells[i] for i in kept)
