@@ -8,6 +8,7 @@ from regrow.reporting.facts import Facts, section
 _ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 
 _DISTILLATION = "1503.02531"
+_ON_POLICY = "2306.13649"
 _LORA = "2106.09685"
 _IFEVAL = "2311.07911"
 _LOSSES = {"jsd": "2306.13649", "skewed_kl": "2402.03898", "reverse_kl": "2306.08543"}
@@ -121,12 +122,13 @@ def _used(facts: Facts) -> Iterable[str]:
         yield from recorded or _CRITERIA.get(str(pruned.get("criterion") or options.get("criterion")), ())
         if pruned.get("refit", options.get("refit")):
             yield from _REFIT
-    for stage in ("distill", "recover"):
-        if stage in facts.reports:
-            yield _DISTILLATION
-            loss = facts.reports[stage].get("loss") or section(facts.recipe, stage).get("loss")
-            if str(loss) in _LOSSES:
-                yield _LOSSES[str(loss)]
+    for stage in facts.training:
+        yield _DISTILLATION
+        settings = facts.settings(stage)
+        if str(settings.get("loss")) in _LOSSES:
+            yield _LOSSES[str(settings.get("loss"))]
+        if settings.get("on_policy_fraction"):
+            yield _ON_POLICY
     if "recover" in facts.reports:
         yield _LORA
     if any(model.ifeval for model in facts.models):
@@ -135,9 +137,7 @@ def _used(facts: Facts) -> Iterable[str]:
 
 def _recorded(facts: Facts) -> list[str]:
     pruned = facts.reports.get("prune", {})
-    origin = section(pruned, "origin")
-    found = [pruned.get("citation"), origin.get("citation"), section(pruned, "plan").get("citation")]
-    return list(dict.fromkeys(str(text) for text in found if text))
+    return [str(pruned["citation"])] if pruned.get("citation") else []
 
 
 def _entry(arxiv: str) -> str:

@@ -26,7 +26,7 @@ from regrow.reporting.text import (
 
 def summary(facts: Facts) -> str:
     """What the model is, in one or two sentences."""
-    made = [words for stage, words in _MADE_BY.items() if stage in facts.reports]
+    made = [words for stage, words in _MADE_BY.items() if facts.moved(stage)]
     before, after = widths(facts)
     if before and after:
         cut = f"with its gated MLPs cut from {before:,} to {after:,} channels ({change(before, after)})"
@@ -151,7 +151,7 @@ def glossary(facts: Facts) -> list[tuple[str, str]]:
                 "for the removed ones on the calibration text",
             )
         )
-    if "distill" in facts.reports or "recover" in facts.reports:
+    if facts.training:
         terms.append(("Distillation", "training the pruned model on the teacher's next-token distributions"))
     if "recover" in facts.reports:
         terms.append(("LoRA", "trained low-rank updates of the weights, added to them after training"))

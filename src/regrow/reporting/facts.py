@@ -11,9 +11,10 @@ from typing import Any
 
 from regrow.files import read_json
 from regrow.reporting.estimate import Estimate, interval_of, share
-from regrow.reporting.text import is_hub_id, is_number, public_name
+from regrow.reporting.text import is_hub_id, is_number, public_name, without_paths
 
 STUDENTS = ("pruned", "distilled", "recovered")
+TRAINING_STAGES = ("distill", "recover")
 STAGE_OF = {"pruned": "prune", "distilled": "distill", "recovered": "recover"}
 IFEVAL_FIGURES = (
     ("prompt_level_strict", "prompt level, strict"),
@@ -75,6 +76,19 @@ class Facts:
         """The published model's figures."""
         return self.model(self.final) if self.final else None
 
+    @property
+    def training(self) -> tuple[str, ...]:
+        """The training stages that ran, in order."""
+        return tuple(stage for stage in TRAINING_STAGES if stage in self.reports)
+
+    def moved(self, stage: str) -> bool:
+        """Whether a training stage changed the weights; it keeps the old ones where no step was better."""
+        return stage in self.reports and self.reports[stage].get("chosen_step") != 0
+
+    def settings(self, stage: str) -> dict[str, Any]:
+        """Settings of a stage: those it recorded, else the recipe's."""
+        return section(self.recipe, stage) | section(self.reports.get(stage), "hyperparameters")
+
     def model(self, name: str) -> Model | None:
         """Figures of one model, or None."""
         return next((model for model in self.models if model.name == name), None)
@@ -135,7 +149,7 @@ def read_facts(results: Any, model: Path | None = None) -> Facts:
         config=_json_in(model, "config.json"),
         has_chat_template=_has_chat_template(model),
         comparison=_comparison(results, reports, str(final)),
-        notes=tuple(dict.fromkeys(str(note) for note in _list(results.get("notes")))),
+        notes=tuple(dict.fromkeys(without_paths(note) for note in _list(results.get("notes")))),
     )
 
 

@@ -49,7 +49,7 @@ def base_model_relation(facts: Facts) -> str | None:
     The Hub knows adapter, merge, quantized and finetune, and none for pruning. A model that was trained after
     the cut is a finetune; for one that was only cut nothing is claimed (its tags say `pruned`).
     """
-    trained = "distill" in facts.reports or "recover" in facts.reports
+    trained = any(facts.moved(stage) for stage in facts.training)
     return "finetune" if trained and facts.parent_id else None
 
 
@@ -103,9 +103,9 @@ def _result(
 
 def _tags(facts: Facts) -> list[str]:
     tags = ["regrow", "pruned", "mlp-width-pruning"]
-    if "distill" in facts.reports or "recover" in facts.reports:
+    if any(facts.moved(stage) for stage in facts.training):
         tags.append("knowledge-distillation")
-    if "recover" in facts.reports:
+    if facts.moved("recover"):
         tags.append("lora")
     return tags
 

@@ -1,7 +1,7 @@
 """How the model was made, in sentences: what each stage did, on what, and what it left alone."""
 
 from regrow.reporting.facts import Facts, number, section
-from regrow.reporting.records import TRAINING_STAGES, final_point, held_out_points, widths
+from regrow.reporting.records import final_point, held_out_points, widths
 from regrow.reporting.text import change, count, duration, figure, one_line, percent
 
 _REGIMES = {
@@ -38,9 +38,11 @@ def procedure(facts: Facts) -> list[str]:
         if pruned.get("refit", options.get("refit")):
             text += "; down_proj refitted by ridge least squares"
         found.append(f"{text}.")
-    for stage in TRAINING_STAGES:
-        if stage in facts.reports:
-            options = section(facts.recipe, stage)
+    for stage in facts.training:
+        if not facts.moved(stage):
+            found.append(f"{_STAGES[stage]}: no step beat the untrained weights, which were kept unchanged.")
+        else:
+            options = facts.settings(stage)
             loss = _LOSSES.get(str(options.get("loss")), "divergence")
             what = "Distilled" if stage == "distill" else "Recovered: LoRA trained and merged"
             found.append(
@@ -67,7 +69,7 @@ def preprocessing(facts: Facts) -> list[str]:
 
 def training_regime(facts: Facts) -> list[tuple[str, str]]:
     """The line that the Hub's template asks for."""
-    stages = [section(facts.recipe, stage) for stage in TRAINING_STAGES if stage in facts.reports]
+    stages = [facts.settings(stage) for stage in facts.training]
     regimes = dict.fromkeys(str(options.get("precision")) for options in stages if options.get("precision"))
     return (
         [("Training regime", ", ".join(_REGIMES.get(name, one_line(name)) for name in regimes))]
@@ -79,7 +81,7 @@ def training_regime(facts: Facts) -> list[tuple[str, str]]:
 def training_course(facts: Facts) -> list[str]:
     """What the training stages did to the held-out figures, and where they stopped."""
     found = []
-    for stage in TRAINING_STAGES:
+    for stage in facts.training:
         points = held_out_points(facts, stage)
         if len(points) < 2:
             continue
@@ -126,12 +128,12 @@ def pruned_and_preserved(facts: Facts) -> list[str]:
     refitted = number(pruned, "refitted")
     if refitted:
         found.append(f"Refitted: {count(refitted)} down_proj matrices.")
-    trained = [
-        _TRAINED[str(section(facts.recipe, s).get("train"))]
-        for s in ("distill",)
-        if s in facts.reports and str(section(facts.recipe, s).get("train")) in _TRAINED
-    ]
-    found += [f"Trained afterwards: {what}." for what in trained]
+    what = str(facts.settings("distill").get("train"))
+    if facts.moved("distill") and what in _TRAINED:
+        found.append(f"Trained afterwards: {_TRAINED[what]}.")
+    targets = facts.settings("recover").get("targets")
+    if facts.moved("recover") and isinstance(targets, list):
+        found.append(f"LoRA merged into: {', '.join(one_line(target) for target in targets)}.")
     mtp = pruned.get("mtp")
     if mtp in ("pruned", "dropped"):
         found.append(f"The multi-token-prediction layer was {mtp}.")
@@ -172,11 +174,8 @@ def loading_note(facts: Facts) -> str:
 
 def objective(facts: Facts) -> str:
     """The objective that the weights were trained on last."""
-    losses = dict.fromkeys(
-        _LOSSES[str(section(facts.recipe, stage).get("loss"))]
-        for stage in TRAINING_STAGES
-        if stage in facts.reports and str(section(facts.recipe, stage).get("loss")) in _LOSSES
-    )
+    names = [str(facts.settings(stage).get("loss")) for stage in facts.training if facts.moved(stage)]
+    losses = dict.fromkeys(_LOSSES[name] for name in names if name in _LOSSES)
     if not losses:
         return ""
     return f"Decoder-only language model; objective of the regrowth: {' then '.join(losses)}, token by token."

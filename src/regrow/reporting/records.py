@@ -16,7 +16,6 @@ from regrow.reporting.text import (
     size,
 )
 
-TRAINING_STAGES = ("distill", "recover")
 _STAGE_NAMES = {
     "calibrate": "Calibrate",
     "prune": "Prune",
@@ -40,6 +39,9 @@ _SETTINGS = {
     "gradient_accumulation_steps": "Gradient accumulation",
     "precision": "Precision",
     "optimizer": "Optimiser",
+    "on_policy_fraction": "Share of text by the student itself",
+    "refresh_steps": "Steps between new texts by the student",
+    "rollout_tokens": "Length of a text by the student",
     "select_best": "Best checkpoint kept",
     "rank": "LoRA rank",
     "alpha": "LoRA alpha",
@@ -47,6 +49,7 @@ _SETTINGS = {
     "targets": "LoRA targets",
     "linear_attention": "LoRA on linear attention",
 }
+_ON_POLICY = ("on_policy_fraction", "refresh_steps", "rollout_tokens")
 
 
 def widths(facts: Facts) -> tuple[int | None, int | None]:
@@ -129,41 +132,47 @@ def held_out_points(facts: Facts, stage: str) -> list[dict[str, float]]:
 
 def final_point(facts: Facts, stage: str) -> dict[str, float] | None:
     """The held-out figures of the weights that a training stage gave back."""
-    best = number(facts.reports.get(stage, {}), "best_step")
+    best = number(facts.reports.get(stage, {}), "chosen_step")
     return next((point for point in held_out_points(facts, stage) if point["step"] == best), None)
 
 
 def data_table(facts: Facts) -> Table:
     """The corpora: what for, where from, how much of it, which bytes."""
+    use = "training" if facts.training else ""
+    if "calibrate" in facts.reports:
+        use = f"calibration and {use}" if use else "calibration"
+    corpora = facts.recipe.get("corpora")
     rows = []
-    for use, corpora in (
-        ("calibration and training" if _trained(facts) else "calibration", facts.recipe.get("corpora")),
-        ("held-out measurement", [facts.recipe.get("held_out")]),
-    ):
-        for corpus in corpora if isinstance(corpora, list) else []:
-            if isinstance(corpus, dict) and corpus.get("source"):
-                limit = number(corpus, "limit")
-                rows.append(
-                    (
-                        public_name(corpus["source"]),
-                        one_line(corpus.get("split", "")),
-                        use,
-                        f"{number(corpus, 'weight') or 1:g}",
-                        count(limit) if limit else "all",
-                        _hash_of(facts, corpus),
-                    )
+    for purpose, group in ((use, corpora), ("held-out measurement", [facts.recipe.get("held_out")])):
+        for corpus in group if purpose and isinstance(group, list) else []:
+            if not isinstance(corpus, dict) or not corpus.get("source"):
+                continue
+            found = _recorded_corpus(facts, corpus)
+            num_rows, num_tokens = number(found, "num_rows"), number(found, "num_tokens")
+            rows.append(
+                (
+                    public_name(corpus["source"]),
+                    one_line(corpus.get("split") or ""),
+                    purpose,
+                    f"{number(corpus, 'weight') or 1:g}",
+                    count(num_rows) if num_rows is not None else "",
+                    count(num_tokens) if num_tokens is not None else "",
+                    one_line(found.get("hash") or "")[:12],
                 )
-    return _without_empty(Table(("Corpus", "Split", "Used for", "Weight", "Rows", "Hash"), tuple(rows)))
+            )
+    header = ("Corpus", "Split", "Used for", "Weight", "Rows", "Tokens", "Hash")
+    return _without_empty(Table(header, tuple(rows)))
 
 
 def settings_table(facts: Facts) -> Table:
     """Settings of the training stages, side by side."""
-    stages = [stage for stage in TRAINING_STAGES if stage in facts.reports]
-    sections = [section(facts.recipe, stage) for stage in stages]
+    stages = facts.training
+    sections = [facts.settings(stage) for stage in stages]
     loss_needs_beta = any(part.get("loss") in ("jsd", "skewed_kl") for part in sections)
+    on_policy = any(part.get("on_policy_fraction") for part in sections)
     rows = []
     for key, label in _SETTINGS.items():
-        if key == "beta" and not loss_needs_beta:
+        if (key == "beta" and not loss_needs_beta) or (key in _ON_POLICY and not on_policy):
             continue
         values = [part.get(key) for part in sections]
         if any(value is not None for value in values):
@@ -176,9 +185,10 @@ def times_table(facts: Facts) -> Table:
     rows = []
     for stage, seconds in facts.seconds.items():
         report = facts.reports.get(stage, {})
-        tokens = number(report, "num_tokens", "tokens_seen", "num_tokens_seen")
-        rate = number(report, "tokens_per_s", "tokens_per_second")
-        steps = number(report, "steps", "num_steps", "global_step")
+        tokens = number(report, "num_tokens")
+        rate = number(report, "tokens_per_s")
+        steps = number(report, "steps")
+        memory = number(report, "peak_memory_bytes")
         rows.append(
             (
                 _STAGE_NAMES.get(stage, stage),
@@ -186,11 +196,14 @@ def times_table(facts: Facts) -> Table:
                 count(steps) if steps is not None else "",
                 count(tokens) if tokens is not None else "",
                 figure(rate, 3) if rate is not None else "",
+                size(memory) if memory is not None else "",
             )
         )
     if len(rows) > 1:
-        rows.append(("All", duration(sum(facts.seconds.values())), "", "", ""))
-    return _without_empty(Table(("Stage", "Wall time", "Steps", "Tokens", "Tokens/s"), tuple(rows)))
+        rows.append(("All", duration(sum(facts.seconds.values())), "", "", "", ""))
+    return _without_empty(
+        Table(("Stage", "Wall time", "Steps", "Tokens", "Tokens/s", "Peak memory"), tuple(rows))
+    )
 
 
 def types_table(facts: Facts) -> Table:
@@ -289,10 +302,6 @@ def _site(layer: dict[str, Any]) -> str:
     return str(layer.get("name", "?"))
 
 
-def _trained(facts: Facts) -> bool:
-    return any(stage in facts.reports for stage in TRAINING_STAGES)
-
-
 def _setting(value: Any) -> str:
     if value is None:
         return NOT_MEASURED
@@ -303,12 +312,15 @@ def _setting(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else one_line(value)
 
 
-def _hash_of(facts: Facts, corpus: dict[str, Any]) -> str:
-    for report in facts.reports.values():
-        for entry in report.get("corpora") or []:
-            if isinstance(entry, dict) and _same_corpus(entry, corpus) and entry.get("hash"):
-                return one_line(entry["hash"])[:12]
-    return ""
+def _recorded_corpus(facts: Facts, corpus: dict[str, Any]) -> dict[str, Any]:
+    """What the stages recorded of a corpus of the recipe; training counts come before calibration's."""
+    for stage in (*facts.training, "calibrate"):
+        report = facts.reports.get(stage, {})
+        used = report.get("corpora")
+        for entry in [*(used if isinstance(used, list) else []), report.get("held_out_corpus")]:
+            if isinstance(entry, dict) and _same_corpus(entry, corpus):
+                return entry
+    return {}
 
 
 def _same_corpus(entry: dict[str, Any], corpus: dict[str, Any]) -> bool:

@@ -1,5 +1,7 @@
 """Before and after, side by side: the one table that terminal, card and page share."""
 
+import io
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,7 @@ from regrow.reporting.text import (
 )
 
 NOT_MEASURED = "\u2013"
+_ASCII = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2191": "(up)", "\u2193": "(down)"})
 IFEVAL_SIZE = (541, 834)  # prompts, instructions
 LABELS = {
     "teacher": "Teacher",
@@ -127,17 +130,25 @@ def print_summary(run_dir: str | Path) -> None:
     from rich.text import Text
 
     run_dir = Path(run_dir)
-    table = before_after_table(read_json(run_dir / "results.json"))
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A terminal that knows no arrows shows question marks instead of failing after hours of work.
+        sys.stdout.reconfigure(errors="replace")
     console = Console()
+    known = _can_write("\u2212\u2013\u2191\u2193", console.encoding)
+
+    def text(value: str) -> Text:
+        return Text(value if known else value.translate(_ASCII))
+
+    table = _narrowed(before_after_table(read_json(run_dir / "results.json")), console.width)
     if table:
-        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False, caption=None)
+        shown = RichTable(box=box.SIMPLE_HEAD, pad_edge=False)
         for index, title in enumerate(table.header):
-            shown.add_column(Text(title), justify="left" if index == 0 else "right", overflow="fold")
+            shown.add_column(text(title), justify="left" if index == 0 else "right", no_wrap=index > 0)
         for row in table.rows:
-            shown.add_row(*(Text(cell) for cell in row))
+            shown.add_row(*(text(cell.replace(" [", "\n[")) for cell in row))
         console.print(shown)
         if table.caption:
-            console.print(Text(table.caption))
+            console.print(text(table.caption))
     for what, path in (
         ("model", run_dir / "model"),
         ("card", run_dir / "model" / "README.md"),
@@ -146,6 +157,35 @@ def print_summary(run_dir: str | Path) -> None:
     ):
         if path.exists():
             console.print(Text(f"{what:8}{path}"), soft_wrap=True)
+
+
+def _can_write(text: str, encoding: str) -> bool:
+    try:
+        text.encode(encoding)
+    except (UnicodeEncodeError, LookupError):
+        return False
+    return True
+
+
+def _narrowed(table: Table, width: int) -> Table:
+    """The table without the models between teacher and final one, as many as do not fit a terminal."""
+    last = len(table.header) - 1 - (table.header[-1] == "Change")
+    while last > 2 and _printed_width(table) > width:
+        last -= 1
+        kept = [index for index in range(len(table.header)) if index != last]
+        table = Table(
+            tuple(table.header[i] for i in kept),
+            tuple(tuple(row[i] for i in kept) for row in table.rows),
+            table.caption,
+        )
+    return table
+
+
+def _printed_width(table: Table) -> int:
+    columns = zip(table.header, *table.rows, strict=True)
+    widths = [max(len(part) for cell in cells for part in cell.split(" [")) + 3 for cells in columns]
+    # The first column may wrap.
+    return sum(widths[1:]) + min(widths[0], 26)
 
 
 def _versus(row: Row, facts: Facts) -> str:

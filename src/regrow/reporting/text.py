@@ -11,6 +11,7 @@ _MARKDOWN = re.compile(
     r"[\\`*{}\[\]|~$]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+=-](?=[\s#+=-]|$)|^\d+(?=[.)](\s|$))"
 )
 _INTERVAL = re.compile(r"(\[[-+\u2212]?[\d.,]+, [-+\u2212]?[\d.,]+\])(?![(\[:])")
+_PATH = re.compile(r"(?<![\w:/.~])(?:~|\.{1,2})?/(?:[^\s/]+/)*([^\s/]+)")
 _ENTITY = re.compile(r"&(?=#?\w+;)")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f\u0085\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -64,6 +65,11 @@ def public_name(source: Any) -> str:
     if is_hub_id(text) or text.startswith("builtin:"):
         return text
     return PurePosixPath(text.replace("\\", "/")).name or text
+
+
+def without_paths(text: Any) -> str:
+    """A recorded sentence with every path of somebody's disk shortened to its last part."""
+    return _PATH.sub(r"\1", one_line(text))
 
 
 def count(value: Any) -> str:

@@ -138,16 +138,26 @@ def _training(section: dict[str, Any], steps: int, **curves: Any) -> dict[str, A
         "losses": _losses(steps, *curves["loss"]),
         "held_out": _held_out(steps, curves["kl"], curves["top1"]),
         "best_step": steps,
+        "chosen_step": steps,
         "steps": steps,
-        "tokens": 2_048 * steps,
+        "num_tokens": 1_987 * steps,
         "tokens_per_s": 812.4,
+        "peak_memory_bytes": 3_141_592_653,
+        "corpora": [
+            {**_CORPUS, "weight": 0.9, "hash": "0123456789abcdef", "num_rows": 1_412, "num_tokens": 402_331},
+        ],
+        "held_out_corpus": {
+            "source": "builtin:smollm2-held-out",
+            "split": "train",
+            "hash": "fedcba9876543210",
+        },
         "weight_bytes": 242_503_680,
         "notes": [],
     }
     return report | section
 
 
-_CORPUS = {"source": "builtin:smollm2-chat", "split": "train", "weight": 1.0, "limit": None}
+_CORPUS: dict[str, Any] = {"source": "builtin:smollm2-chat", "split": "train", "weight": 1.0, "limit": None}
 _FULL: dict[str, Any] = {
     "recipe": {
         "name": "smollm2-135m-mlp1280",
@@ -162,7 +172,7 @@ _FULL: dict[str, Any] = {
             {**_CORPUS, "weight": 0.9},
             {"source": "yahma/alpaca-cleaned", "split": "train", "weight": 0.1, "limit": 5_000},
         ],
-        "held_out": {"source": "builtin:smollm2-held-out", "split": "train", "weight": 1.0, "limit": None},
+        "held_out": {"source": "builtin:smollm2-held-out", "split": "train"},
         "calibrate": {"num_tokens": 65_536, "batch_size": 8, "correlations": True},
         "prune": {"width": 1_280, "step": 128, "criterion": "obs", "refit": True, "mtp": "prune"},
         "distill": {
@@ -223,7 +233,7 @@ _FULL: dict[str, Any] = {
                 "criterion": "obs",
                 "width": {"dense": 1_280},
                 "width_before": 1_536,
-                "citation": "Greedy Optimal Brain Surgeon: Kurtic et al., arXiv 2302.04089; arXiv 2403.12983.",
+                "citation": "Greedy OBS: Kurtic et al., arXiv 2302.04089; Meng et al., arXiv 2403.12983.",
                 "out": "/home/ada/runs/stages/prune/model",
                 "parent": "3f1c9a",
                 "refit": True,
