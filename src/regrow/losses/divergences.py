@@ -1,18 +1,18 @@
-"""Divergences of student from teacher and their gradients, on a block of fp32 logits.
+"""Divergences of student from teacher and their gradients, on a block of tokens over the whole vocabulary.
 
-Every function takes a `Block` (fp32 log-probabilities of both models for a few tokens over the whole
-vocabulary) and returns the divergence per token [N] and, if asked, its gradient with respect to the student's
-logits [N, V].
-Each is exactly zero, value and gradient, where the two models' log-probabilities are equal.
+Every function takes a `Block`, whose buffers it may overwrite, and returns the divergence per token [N] and, if
+asked, its gradient with respect to the student's logits [N, V]. Both are exactly zero where the two models'
+logits are equal. With p the teacher, q the student, d = log p - log q and m = beta p + (1 - beta) q:
 
-With p the teacher, q the student, d = log p - log q and m = beta p + (1 - beta) q:
+| name       | value                             | gradient                                      | source           |
+| ---------- | --------------------------------- | --------------------------------------------- | ---------------- |
+| forward KL | E_p[d]                            | q - p                                         | arXiv 1503.02531 |
+| reverse KL | -E_q[d]                           | q (E_q[d] - d)                                | arXiv 2306.08543 |
+| JSD(beta)  | beta KL(p,m) + (1 - beta) KL(q,m) | q (a - E_q[a]), a = (1 - beta) log(q / m)     | arXiv 2306.13649 |
+| skewed KL  | KL(p,m)                           | q (a - E_q[a]), a = (1 - beta) (1 - p / m)    | arXiv 2402.03898 |
 
-| name | value | gradient | source |
-| --- | --- | --- | --- |
-| forward KL | E_p[d] | q - p | Hinton et al. 2015, arXiv 1503.02531 |
-| reverse KL | -E_q[d] | q (-d - E_q[-d]) | Gu et al. 2023, arXiv 2306.08543 |
-| JSD(beta) | beta KL(p, m) + (1 - beta) KL(q, m) | q (a - E_q[a]), a = (1 - beta) log(q / m) | arXiv 2306.13649 |
-| skewed KL | KL(p, m) | q (a - E_q[a]), a = (1 - beta) (1 - p / m) | DistiLLM, arXiv 2402.03898 |
+d is never formed by subtracting log-probabilities: near 10 nats their fp32 spacing is 1e-6, a percent of a KL
+of 1e-4. It is shift - difference, with the difference of the logits known before any normalisation.
 """
 
 from collections.abc import Callable
@@ -27,14 +27,24 @@ _MAX_RATIO = 80.0
 
 @dataclass
 class Block:
-    """Log-probabilities of a block of tokens; the divergence may overwrite both.
+    """Both models on a few tokens.
 
     Attributes:
-        student_NV, teacher_NV: fp32 log-probabilities.
+        teacher_NV: fp32 probabilities p.
+        student_NV: fp32 probabilities q.
+        difference_NV: fp32 logits of the student minus those of the teacher.
+        shift_N: log of the student's partition function minus that of the teacher, so that
+            d = shift - difference.
     """
 
-    student_NV: Tensor
     teacher_NV: Tensor
+    student_NV: Tensor
+    difference_NV: Tensor
+    shift_N: Tensor
+
+    def forward_kl(self) -> Tensor:
+        """KL(teacher, student) per token; overwrites nothing."""
+        return self.shift_N - row_dot(self.teacher_NV, self.difference_NV)
 
 
 Divergence = Callable[[Block, float, bool], tuple[Tensor, Tensor | None]]
@@ -42,46 +52,41 @@ Divergence = Callable[[Block, float, bool], tuple[Tensor, Tensor | None]]
 
 def forward_kl(block: Block, beta: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """KL(teacher, student); `beta` is not used."""
-    difference = block.teacher_NV - block.student_NV
-    teacher = block.teacher_NV.exp_()
-    value_N = _dot(teacher, difference)
-    if not need_grad:
-        return value_N, None
-    return value_N, block.student_NV.exp_().sub_(teacher)
+    value_N = block.forward_kl()
+    return value_N, block.student_NV.sub_(block.teacher_NV) if need_grad else None
 
 
 def reverse_kl(block: Block, beta: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """KL(student, teacher); `beta` is not used."""
-    difference = block.teacher_NV.neg_().add_(block.student_NV)
-    student = block.student_NV.exp_()
-    value_N = _dot(student, difference)
+    mean_N = row_dot(block.student_NV, block.difference_NV)
+    value_N = mean_N - block.shift_N
     if not need_grad:
         return value_N, None
-    return value_N, difference.sub_(value_N[:, None]).mul_(student)
+    return value_N, block.difference_NV.sub_(mean_N[:, None]).mul_(block.student_NV)
 
 
 def jsd(block: Block, beta: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """Generalised Jensen-Shannon divergence, beta KL(p, m) + (1 - beta) KL(q, m)."""
-    ratio, log_mixture = _log_mixture_over_student(block, beta)
-    teacher, student = block.teacher_NV.exp_(), block.student_NV.exp_()
-    from_student_N = -_dot(student, log_mixture)
-    value_N = beta * _dot(teacher, ratio.sub_(log_mixture)) + (1 - beta) * from_student_N
+    ratio_NV, log_mixture_NV = _log_mixture_over_student(block, beta)
+    student_N = row_dot(block.student_NV, log_mixture_NV)  # -KL(q, m)
+    teacher_N = row_dot(block.teacher_NV, ratio_NV.sub_(log_mixture_NV))
+    value_N = beta * teacher_N - (1 - beta) * student_N
     if not need_grad:
         return value_N, None
-    gradient = log_mixture.neg_().sub_(from_student_N[:, None]).mul_(student).mul_(1 - beta)
-    return value_N, gradient
+    slope_NV = log_mixture_NV.sub_(student_N[:, None]).mul_(beta - 1)
+    return value_N, slope_NV.mul_(block.student_NV)
 
 
 def skewed_kl(block: Block, beta: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """KL(p, beta p + (1 - beta) q)."""
-    ratio, log_mixture = _log_mixture_over_student(block, beta)
-    log_ratio = ratio.sub_(log_mixture)  # log p - log m
-    value_N = _dot(block.teacher_NV.exp_(), log_ratio)
+    ratio_NV, log_mixture_NV = _log_mixture_over_student(block, beta)
+    log_ratio_NV = ratio_NV.sub_(log_mixture_NV)  # log p - log m
+    value_N = row_dot(block.teacher_NV, log_ratio_NV)
     if not need_grad:
         return value_N, None
-    student = block.student_NV.exp_()
-    slope = log_ratio.expm1_().mul_(beta - 1)
-    return value_N, slope.sub_(_dot(student, slope)[:, None]).mul_(student)
+    slope_NV = log_ratio_NV.expm1_().mul_(beta - 1)
+    mean_N = row_dot(block.student_NV, slope_NV)
+    return value_N, slope_NV.sub_(mean_N[:, None]).mul_(block.student_NV)
 
 
 DIVERGENCES: dict[str, Divergence] = {
@@ -92,12 +97,12 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
-def _log_mixture_over_student(block: Block, beta: float) -> tuple[Tensor, Tensor]:
-    """d = log p - log q (bounded above) and log(m / q) = log1p(beta expm1(d))."""
-    ratio = (block.teacher_NV - block.student_NV).clamp_(max=_MAX_RATIO)
-    return ratio, torch.expm1(ratio).mul_(beta).log1p_()
-
-
-def _dot(left_NV: Tensor, right_NV: Tensor) -> Tensor:
-    """Row-wise inner products [N], without a temporary of [N, V]."""
+def row_dot(left_NV: Tensor, right_NV: Tensor) -> Tensor:
+    """Inner product of each pair of rows, [N]."""
     return torch.linalg.vecdot(left_NV, right_NV)
+
+
+def _log_mixture_over_student(block: Block, beta: float) -> tuple[Tensor, Tensor]:
+    """d (bounded above; overwrites the difference) and log(m / q) = log1p(beta expm1(d))."""
+    ratio_NV = block.difference_NV.neg_().add_(block.shift_N[:, None]).clamp_(max=_MAX_RATIO)
+    return ratio_NV, torch.expm1(ratio_NV).mul_(beta).log1p_()

@@ -5,20 +5,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regrow.losses.fused import _agreement, default_chunk_tokens
-from regrow.losses.logits import LinearHead, finish_logits, product_into
+from regrow.losses.blocks import BlockOptions, BlockWorker, row_blocks
+from regrow.losses.fused import check_shapes, default_chunk_tokens
+from regrow.losses.logits import LinearHead, multiply
 
 
 @dataclass(frozen=True)
 class TokenMetrics:
-    """One value per token [T]; nats.
+    """One value per token [T]; divergences and entropies in nats, fp32.
 
     Attributes:
-        kl: forward KL(teacher, student), fp32.
-        top1: both argmaxes are equal (bool).
-        top5: the teacher's argmax is among the student's five best (bool).
-        entropy_student, entropy_teacher: entropies, fp32.
-        nll_student, nll_teacher: -log p(label), fp32, NaN where the label is ignored; None without labels.
+        kl: forward KL(teacher, student).
+        top1: whether both argmaxes are equal.
+        top5: whether the teacher's argmax is among the student's five best.
+        entropy_student: entropy of the student's distribution.
+        entropy_teacher: that of the teacher's.
+        nll_student: -log p(label), NaN where the label is ignored; None without labels.
+        nll_teacher: the same of the teacher.
     """
 
     kl: Tensor
@@ -46,52 +49,45 @@ def divergence_metrics(
     student_scale: float = 1.0,
     teacher_scale: float = 1.0,
     chunk_tokens: int | None = None,
+    precision: str = "exact",
 ) -> TokenMetrics:
-    """Compare student and teacher token by token; memory as in `fused_linear_divergence`.
+    """Compare student and teacher token by token, at temperature 1, without holding [tokens, vocabulary].
 
-    Args are those of `fused_linear_divergence`; `labels_T` are the ids that actually follow.
+    Arguments are those of `fused_linear_divergence`; `labels_T` are the ids that actually follow. The default
+    precision is `exact`, since ranks and likelihoods of the teacher need its logits, not only differences.
+
+    Raises:
+        ValueError: shapes that do not fit together.
     """
+    check_shapes(student_hidden_TD, teacher_hidden_TD, student_head_VD, teacher_head_VD)
     student = LinearHead(student_head_VD, student_bias, student_softcap, student_scale)
     teacher = LinearHead(teacher_head_VD, teacher_bias, teacher_softcap, teacher_scale)
-    size = chunk_tokens or default_chunk_tokens(student_head_VD)
-    columns: list[list[Tensor]] = [[] for _ in range(7)]
-    for begin in range(0, student_hidden_TD.shape[0], size):
-        rows = slice(begin, begin + size)
-        student_NV = _log_probs(student_hidden_TD[rows], student)
-        teacher_NV = _log_probs(teacher_hidden_TD[rows], teacher)
-        top1_N, top5_N = _agreement(student_NV, teacher_NV)
-        values = [top1_N.bool(), top5_N.bool()]
-        if labels_T is not None:
-            labels_N = labels_T[rows]
-            has_label = labels_N != ignore_index
-            index = torch.where(has_label, labels_N, 0)[:, None]
-            for log_NV in (student_NV, teacher_NV):
-                values.append(torch.where(has_label, -log_NV.gather(1, index)[:, 0], torch.nan))
-        else:
-            values += [top1_N, top1_N]
-        teacher_p = teacher_NV.exp()
-        values.append(-torch.linalg.vecdot(teacher_p, teacher_NV))
-        values.append(torch.linalg.vecdot(teacher_p, teacher_NV.sub_(student_NV)))
-        values.append(-torch.linalg.vecdot(student_NV.exp(), student_NV))
-        for column, value in zip(columns, values, strict=True):
-            column.append(value)
-    empty = student_hidden_TD.new_zeros(0, dtype=torch.float32)
-    top1, top5, nll_s, nll_t, entropy_t, kl, entropy_s = (
-        torch.cat(column) if column else empty for column in columns
-    )
-    with_labels = labels_T is not None
+    options = BlockOptions(divergence=None, ignore_index=ignore_index, agreement=True, entropies=True)
+    worker = BlockWorker(student, teacher, options)
+    num_tokens, vocab_size = student_hidden_TD.shape[0], student_head_VD.shape[0]
+    device = student_hidden_TD.device
+    names = ["kl", "top1_agreement", "top5_agreement", "entropy_student", "entropy_teacher"]
+    names += [] if labels_T is None else ["nll_student", "nll_teacher"]
+    columns = {name: torch.empty(num_tokens, device=device) for name in names}
+    size = chunk_tokens or default_chunk_tokens(student_head_VD, num_tokens)
+    with torch.autocast(device.type, enabled=False):
+        for begin in range(0, num_tokens, size):
+            chunk = slice(begin, begin + size)
+            teacher_ND = teacher_hidden_TD[chunk]
+            labels_N = None if labels_T is None else labels_T[chunk]
+            products = multiply(
+                student_hidden_TD[chunk], teacher_ND, student, teacher, exact=precision == "exact"
+            )
+            for rows in row_blocks(teacher_ND.shape[0], vocab_size, device):
+                figures = worker.run(products, rows, teacher_ND, labels_N).figures
+                for name in names:
+                    columns[name][begin + rows.start : begin + rows.stop] = figures[name]
     return TokenMetrics(
-        kl=kl,
-        top1=top1.bool(),
-        top5=top5.bool(),
-        entropy_student=entropy_s,
-        entropy_teacher=entropy_t,
-        nll_student=nll_s if with_labels else None,
-        nll_teacher=nll_t if with_labels else None,
+        kl=columns["kl"],
+        top1=columns["top1_agreement"].bool(),
+        top5=columns["top5_agreement"].bool(),
+        entropy_student=columns["entropy_student"],
+        entropy_teacher=columns["entropy_teacher"],
+        nll_student=columns.get("nll_student"),
+        nll_teacher=columns.get("nll_teacher"),
     )
-
-
-def _log_probs(hidden_ND: Tensor, head: LinearHead) -> Tensor:
-    product_NV = torch.empty(hidden_ND.shape[0], head.weight_VD.shape[0], device=hidden_ND.device)
-    product_into(product_NV, hidden_ND, head.weight_VD)
-    return finish_logits(product_NV, head, 1.0).log_softmax(-1)
