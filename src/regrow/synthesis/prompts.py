@@ -121,8 +121,8 @@ def generate_prompts(
 
 def draw_constrained(
     rng: random.Random, material: dict[str, Any], num_constraints: int
-) -> tuple[str, str, tuple[str, ...], tuple[dict[str, Any], ...]]:
-    """One task with constraints: (kind of task, text, instruction ids, kwargs)."""
+) -> tuple[str, str, str, tuple[str, ...], tuple[dict[str, Any], ...]]:
+    """One task with constraints: (kind of task, task, text with constraints, instruction ids, kwargs)."""
     kinds = draw_kinds(rng, num_constraints)
     if kinds == ["detectable_format:constrained_response"]:
         task_kind, task = "yes_no", rng.choice(material["yes_no"])
@@ -138,7 +138,7 @@ def draw_constrained(
     # What has to be repeated must stand first; the order in the text is the order of the ids.
     layout = "after" if repeat else rng.choice(["after", "after", "after", "lines", "list", "before"])
     text = _LAYOUTS[layout](task, clauses)
-    return task_kind, text, tuple(part.kind for part in parts), tuple(part.kwargs for part in parts)
+    return task_kind, task, text, tuple(part.kind for part in parts), tuple(part.kwargs for part in parts)
 
 
 def fill(rng: random.Random, task: dict[str, Any], material: dict[str, Any]) -> tuple[str, str]:
@@ -197,7 +197,7 @@ def _constrained_prompt(
     rng: random.Random, material: dict[str, Any], split: Split, system: str | None
 ) -> Prompt:
     num_constraints = rng.choices([1, 2, 3], weights=[6, 3, 1])[0]
-    kind, text, ids, kwargs = draw_constrained(rng, material, num_constraints)
+    kind, _, text, ids, kwargs = draw_constrained(rng, material, num_constraints)
     return make_prompt((text,), split=split, kind=kind, system=system, instruction_ids=ids, kwargs=kwargs)
 
 

@@ -166,7 +166,7 @@ def _letter(rng: random.Random) -> dict[str, Any]:
             "let_frequency": rng.randint(3, 12),
             "let_relation": "at least",
         }
-    return {"letter": rng.choice("jkqvwxyz"), "let_frequency": rng.randint(2, 6), "let_relation": "less than"}
+    return {"letter": rng.choice("jkqvxz"), "let_frequency": rng.randint(3, 8), "let_relation": "less than"}
 
 
 def _nth_paragraph(rng: random.Random, material: dict[str, Any]) -> dict[str, Any]:
