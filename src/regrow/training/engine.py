@@ -1,0 +1,328 @@
+"""One training run, from folders to a model folder; what distillation and recovery have in common."""
+
+import contextlib
+import resource
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import PreTrainedModel, TrainingArguments
+
+from regrow.checkpoint import CheckpointReader
+from regrow.checkpoint.overlay import Values, overlay_checkpoint
+from regrow.data.blend import encode_corpora
+from regrow.errors import RunError, UserError
+from regrow.files import require_new_folder
+from regrow.modeling.hidden import check_head, head_of
+from regrow.modeling.load import load_model, load_tokenizer, pick_device
+from regrow.progress import Progress, say
+from regrow.training.arguments import training_arguments
+from regrow.training.best import BestWeights
+from regrow.training.checkpoints import claim_work_dir, newest_checkpoint, read_record
+from regrow.training.held_out import HeldOut
+from regrow.training.record import RunRecord
+from regrow.training.rollouts import Rollouts
+from regrow.training.rows import Plan, RunBatches, plan_held_out, plan_run, usable_rows
+from regrow.training.settings import CorpusSpec, TrainingSettings
+from regrow.training.student import HiddenStates, load_dtype, share_frozen
+from regrow.training.teacher import LiveTeacher, Teacher, cached_teacher
+from regrow.training.trainer import DistillTrainer
+
+
+@dataclass(frozen=True)
+class Method:
+    """What tells distillation and recovery apart.
+
+    Attributes:
+        name: `"distill"` or `"recover"`.
+        options: the method's own settings, JSON.
+        prepare: freezes the loaded student, sets its precision, adds adapters; returns the module to train
+            and sentences about it.
+        replacements: trained state (name -> values) -> new values of the checkpoint's tensors.
+    """
+
+    name: str
+    options: dict[str, Any]
+    prepare: Callable[[PreTrainedModel, CheckpointReader], tuple[torch.nn.Module, list[str]]]
+    replacements: Callable[[CheckpointReader, Mapping[str, Tensor]], dict[str, Values]]
+
+
+def run_training(
+    method: Method,
+    *,
+    student: Path,
+    teacher: Path,
+    corpora: list[CorpusSpec],
+    held_out: CorpusSpec,
+    out: Path,
+    work_dir: Path,
+    settings: TrainingSettings,
+) -> dict[str, Any]:
+    """Train `student` toward `teacher` and write the result to `out`.
+
+    A run that was killed goes on from its last checkpoint in `work_dir` when it is called again with the same
+    arguments. Under `accelerate launch` or `torchrun` every process calls this; the first one writes.
+
+    Returns:
+        the report: counts, curves, speed, memory, hyperparameters, notes.
+
+    Raises:
+        UserError: arguments, models or corpora do not fit, or `work_dir` belongs to another run.
+        RunError: loss not finite, out of memory, disk full.
+    """
+    require_new_folder(out)
+    pick_device(settings.device)
+    readers = CheckpointReader(student), CheckpointReader(teacher)
+    args = training_arguments(settings, work_dir)
+    tokenizer = load_tokenizer(student, settings.trust_remote_code)
+    corpus, held = (
+        encode_corpora(
+            tokenizer,
+            specs,
+            max_length=settings.sequence_length,
+            enable_thinking=settings.enable_thinking,
+            seed=settings.seed,
+        )
+        for specs in (corpora, [held_out])
+    )
+    rows, row_notes = usable_rows(corpus.rows, settings.tokens, "corpus")
+    held_rows, held_notes = usable_rows(held.rows, settings.tokens, "held-out text")
+    notes = [*corpus.notes, *held.notes, *row_notes, *held_notes]
+
+    identity = {
+        "method": method.name,
+        **method.options,
+        **settings.identity(),
+        "student": readers[0].fingerprint(),
+        "teacher": readers[1].fingerprint(),
+        "corpus": corpus.hash,
+        "held_out": held.hash,
+    }
+    with args.main_process_first(local=False):
+        claim_work_dir(work_dir, identity)
+    checkpoint = newest_checkpoint(work_dir)
+    record = RunRecord(**read_record(checkpoint)) if checkpoint else RunRecord()
+    if checkpoint and args.process_index == 0:
+        say(f"{method.name}: continuing from step {record.step} of {settings.max_steps}.")
+
+    per_step = args.gradient_accumulation_steps * args.world_size
+    plan = plan_run(
+        rows,
+        batch_tokens=settings.batch_tokens,
+        seed=settings.seed,
+        num_batches=record.micro_batches + (settings.max_steps - record.step) * per_step,
+    )
+    held_plan, num_held = plan_held_out(
+        held_rows, batch_tokens=settings.batch_tokens, max_tokens=settings.held_out_tokens
+    )
+    held_rows = held_rows[:num_held]
+
+    with _memory_errors(settings):
+        model = load_model(
+            student,
+            dtype=load_dtype(settings.precision),
+            device=args.device,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        check_head(model)
+        module, method_notes = method.prepare(model, readers[0])
+        notes += method_notes
+        if settings.gradient_checkpointing:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        teachers = _teachers(
+            model, readers, (rows, held_rows), (plan, held_plan), (corpus.hash, held.hash),
+            args, settings, work_dir, notes,
+        )  # fmt: skip
+        wrapped = HiddenStates(module, autocast=settings.precision == "bf16_mixed")
+        rollouts = None
+        if settings.on_policy_fraction:
+            rollouts = Rollouts(
+                work_dir=work_dir,
+                rows=rows,
+                plan=plan,
+                tokenizer=tokenizer,
+                fraction=settings.on_policy_fraction,
+                refresh_steps=settings.refresh_steps,
+                first=(record.step, record.micro_batches),
+                batches_per_step=per_step,
+                max_new_tokens=settings.rollout_tokens,
+                temperature=settings.rollout_temperature,
+                seed=settings.seed,
+                rank=args.process_index,
+                world_size=args.world_size,
+            )
+        batches = RunBatches(
+            rows,
+            plan,
+            settings.tokens,
+            rank=args.process_index,
+            world_size=args.world_size,
+            start=record.step * args.gradient_accumulation_steps,
+            consumed=record.micro_batches,
+        )
+        if rollouts is not None:
+            batches.replace = rollouts.replace
+        left = sum(len(rows[row].input_ids) for batch in plan[record.micro_batches :] for row in batch)
+        with _progress(method.name, left, args.process_index == 0) as progress:
+            try:
+                trainer = DistillTrainer(
+                    student=wrapped,
+                    teacher=teachers[0],
+                    batches=batches,
+                    held_out=HeldOut(
+                        held_rows,
+                        held_plan,
+                        settings.tokens,
+                        teachers[1],
+                        args.process_index,
+                        args.world_size,
+                    ),
+                    settings=settings,
+                    record=record,
+                    best=BestWeights(work_dir, writes=args.process_index == 0),
+                    rollouts=rollouts,
+                    progress=progress,
+                    args=args,
+                )
+            except (ValueError, ImportError) as error:
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                raise UserError(f"The trainer refuses these settings: {reason[:200]}.") from None
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+    state, chosen_step, choice = _chosen_state(trainer, settings, work_dir)
+    notes.append(choice)
+    if args.process_index == 0:
+        overlay_checkpoint(
+            base=student,
+            out=out,
+            replacements=method.replacements(readers[0], state),
+            shards=settings.shards,
+            max_shard_size=settings.max_shard_size,
+        )
+    PartialState().wait_for_everyone()
+    return {
+        "method": method.name,
+        "steps": record.step,
+        "num_tokens": record.tokens,
+        "num_response_tokens": record.response_tokens,
+        "num_loss_tokens": record.counted_tokens,
+        "tokens_per_s": record.tokens / record.seconds if record.seconds else None,
+        "seconds": record.seconds,
+        "losses": record.losses,
+        "held_out": record.held_out,
+        "held_out_tokens": trainer.num_held_out_tokens,
+        "chosen_step": chosen_step,
+        "best_step": record.best_step,
+        "skipped_steps": record.skipped,
+        "padding_efficiency": record.padding_efficiency,
+        "peak_memory_bytes": peak_memory_bytes(args.device),
+        "trainable_parameters": trainer.num_trainable,
+        "world_size": args.world_size,
+        "device": args.device.type,
+        "corpora": corpus.sources,
+        "held_out_corpus": held.sources[0],
+        "hyperparameters": {**method.options, **asdict(settings)},
+        "notes": notes,
+    }
+
+
+def _teachers(
+    model: PreTrainedModel,
+    readers: tuple[CheckpointReader, CheckpointReader],
+    rows: tuple[Any, Any],
+    plans: tuple[Plan, Plan],
+    hashes: tuple[str, str],
+    args: TrainingArguments,
+    settings: TrainingSettings,
+    work_dir: Path,
+    notes: list[str],
+) -> tuple[Teacher, Teacher]:
+    """Where the teacher's states come from, for the corpus and for the held-out text."""
+    student_head = head_of(model)
+
+    def load_teacher() -> PreTrainedModel:
+        loaded = load_model(
+            readers[1].folder,
+            dtype="float32" if settings.precision == "fp32" else "bfloat16",
+            device=args.device,
+            trust_remote_code=settings.trust_remote_code,
+        ).requires_grad_(False)
+        if head_of(loaded).weight_VD.shape[0] != student_head.weight_VD.shape[0]:
+            raise UserError(
+                f"The vocabularies differ: {readers[0].folder} has {student_head.weight_VD.shape[0]} tokens, "
+                f"{readers[1].folder} {head_of(loaded).weight_VD.shape[0]}; use the model's own parent."
+            )
+        return loaded
+
+    if settings.teacher_mode == "cached":
+        if settings.on_policy_fraction:
+            raise UserError("on_policy_fraction needs a live teacher; set teacher: live.")
+        return cached_teacher(
+            readers, student_head, rows, plans, hashes, load_teacher, args, settings, work_dir, notes
+        )
+    loaded = load_teacher()
+    if saved := share_frozen(model, loaded):
+        notes.append(f"Teacher and student share {saved:,} bytes of frozen weights.")
+    live = LiveTeacher(loaded)
+    return live, live
+
+
+def _chosen_state(
+    trainer: DistillTrainer, settings: TrainingSettings, work_dir: Path
+) -> tuple[dict[str, Tensor], int, str]:
+    """The weights to publish, the step they are from, and a sentence that says why."""
+    record = trainer.record
+    last = trainer.trained_state()
+    if not settings.select_best:
+        return last, record.step, f"The weights are those of the last step, {record.step}."
+    if record.best_step is None:
+        raise RunError("No held-out evaluation gave a finite KL; look at the held-out text.")
+    kl = f"held-out KL {record.best_kl:.4f}"
+    if record.best_step == 0:
+        return {}, 0, f"No step beat the untrained student ({kl}); its weights were kept, unchanged."
+    if record.best_step == record.step:
+        return last, record.step, f"The weights are those of the last step, {record.step}, the best ({kl})."
+    best = load_file(work_dir / f"best-{record.best_step}.safetensors")
+    return best, record.best_step, f"The weights are those of step {record.best_step}, the best ({kl})."
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on the GPU, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: float, shown: bool) -> Iterator[Progress | None]:
+    if not shown:
+        yield None
+        return
+    with Progress(name, total, "tokens") as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def _memory_errors(settings: TrainingSettings) -> Iterator[None]:
+    """Out of memory as one sentence with the remedy."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not named and "can't allocate memory" not in str(error):
+            raise
+        remedies = [f"halve batch_tokens ({settings.batch_tokens}) and double gradient_accumulation_steps"]
+        if not settings.gradient_checkpointing:
+            remedies.append("set gradient_checkpointing: true")
+        if settings.teacher_mode == "live":
+            remedies.append("set teacher: cached")
+        raise RunError(
+            f"Out of memory while training; {', or '.join(remedies)}. The last checkpoint is kept."
+        ) from None

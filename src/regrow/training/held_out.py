@@ -1,0 +1,85 @@
+"""How close the student is to its teacher on text that it is not trained on."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from regrow.data.templates import Encoded
+from regrow.losses import divergence_metrics
+from regrow.modeling.hidden import Head
+from regrow.training.rows import Batch, Tokens, collate
+from regrow.training.student import head_arguments
+from regrow.training.teacher import Teacher
+
+
+class HeldOut(Dataset[Any]):
+    """A fixed set of held-out micro-batches with the teacher's states, which are computed once.
+
+    Args:
+        rows: held-out rows.
+        plan: micro-batches of row numbers.
+        tokens: which positions count.
+        teacher: gives the states; they are kept in memory as bf16 (2 D bytes per token), or in fp32 where the
+            teacher runs in fp32.
+        rank, world_size: each process measures its share.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Encoded],
+        plan: Sequence[tuple[int, ...]],
+        tokens: Tokens,
+        teacher: Teacher,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        self._batches = [collate([rows[row] for row in numbers], tokens, numbers) for numbers in plan]
+        self._teacher, self._rank, self._world_size = teacher, rank, world_size
+        self._states: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions that count, over all processes."""
+        return sum(int(batch.positions.sum()) for batch in self._batches)
+
+    @torch.no_grad()
+    def sums(self, student: nn.Module, head: Head, device: torch.device) -> Tensor:
+        """This process' sums of KL, top-1 and top-5 agreement, and its number of tokens, fp64 [4].
+
+        Every process runs equally many batches (sharded models meet in each of them); one without a batch
+        left repeats its first and does not count it.
+        """
+        totals = torch.zeros(4, dtype=torch.float64, device=device)
+        rounds = -(-len(self._batches) // self._world_size)
+        for turn in range(rounds):
+            number = turn * self._world_size + self._rank
+            counts = number < len(self._batches)
+            batch = self._batches[number if counts else 0].to(device)
+            hidden_TD = student(batch.input_ids, batch.attention_mask)[batch.positions]
+            teacher_TD = self._teacher_states(number if counts else 0, batch)
+            if not counts:
+                continue
+            metrics = divergence_metrics(
+                hidden_TD.to(head.weight_VD.dtype), teacher_TD, **head_arguments(head, self._teacher.head)
+            )
+            for index, values in enumerate((metrics.kl, metrics.top1, metrics.top5)):
+                totals[index] += values.double().sum()
+            totals[3] += metrics.kl.numel()
+        return totals
+
+    def _teacher_states(self, number: int, batch: Batch) -> Tensor:
+        if number not in self._states:
+            self._states[number] = self._teacher.states(batch).cpu()
+        return self._states[number].to(batch.input_ids.device)
+
+
+def figures(totals: Tensor) -> dict[str, float]:
+    """Means per token from the sums of all processes."""
+    kl, top1, top5, count = totals.tolist()
+    return {"kl": kl / count, "top1_agreement": top1 / count, "top5_agreement": top5 / count}

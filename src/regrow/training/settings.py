@@ -1,0 +1,140 @@
+"""Everything that a training run depends on besides its models and its text."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from regrow.errors import UserError
+
+CorpusSpec = tuple[str, str, float, int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """Flat options of `distill` and `recover`; the names are the recipe's.
+
+    Attributes:
+        max_steps: optimiser steps.
+        loss, beta, temperature: the divergence (a key of `regrow.losses.LOSSES`), the teacher's weight in the
+            mixtures, the divisor of the logits.
+        tokens: `"all"` counts every predicted token, `"response"` those that the assistant writes.
+        learning_rate, weight_decay, warmup_fraction, max_grad_norm, optimizer: AdamW by default; linear
+            warm-up, then a cosine to zero. `optimizer` is a name that `transformers.TrainingArguments` knows.
+        batch_tokens: the most tokens of a micro-batch, padding counted.
+        gradient_accumulation_steps: micro-batches per step and process.
+        gradient_checkpointing: recompute activations in the backward pass.
+        precision: `"bf16_mixed"` (fp32 trained weights, bf16 products), `"bf16"`, `"fp32"`.
+        teacher_mode: `"live"`, or `"cached"`: final hidden states from disk.
+        loss_chunk_tokens: tokens per chunk of the loss; None chooses.
+        eval_steps, save_steps: None is a tenth of `max_steps`.
+        select_best: give back the weights with the lowest held-out KL, the untrained ones included.
+        on_spike: what happens when the loss is not finite or leaps: `"stop"`, or `"skip"` the step.
+        logging_steps, report_to: as in `transformers.TrainingArguments`.
+        held_out_tokens: the most tokens of the held-out evaluation.
+        on_policy_fraction: share of the micro-batches that hold the student's own continuations.
+        refresh_steps: steps after which the student writes new ones.
+        rollout_tokens, rollout_temperature: length and sampling temperature of a continuation.
+        sequence_length: rows are cut off there.
+        enable_thinking: passed to the chat template where given.
+        seed: order of the data, dropout, sampling.
+        device: `"auto"`, `"cpu"`, `"cuda"`.
+        trust_remote_code: run Python code that the checkpoints bring along.
+        shards, max_shard_size: files of the written model.
+    """
+
+    max_steps: int
+    loss: str = "forward_kl"
+    beta: float = 0.5
+    temperature: float = 1.0
+    tokens: Literal["all", "response"] = "all"
+    learning_rate: float = 5e-5
+    weight_decay: float = 0.0
+    warmup_fraction: float = 0.05
+    max_grad_norm: float = 1.0
+    optimizer: str = "adamw_torch"
+    batch_tokens: int = 2_048
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
+    teacher_mode: Literal["live", "cached"] = "live"
+    loss_chunk_tokens: int | None = None
+    eval_steps: int | None = None
+    save_steps: int | None = None
+    select_best: bool = True
+    on_spike: Literal["stop", "skip"] = "stop"
+    logging_steps: int = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+    held_out_tokens: int = 16_384
+    on_policy_fraction: float = 0.0
+    refresh_steps: int = 50
+    rollout_tokens: int = 128
+    rollout_temperature: float = 1.0
+    sequence_length: int = 1_024
+    enable_thinking: bool | None = None
+    seed: int = 0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    trust_remote_code: bool = False
+    shards: int | None = None
+    max_shard_size: str | None = None
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise UserError(f"{name} is {getattr(self, name)!r}; use one of {', '.join(allowed)}.")
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"{name} is {value}; it must be above 0.")
+        if not 0 <= self.on_policy_fraction <= 1:
+            raise UserError(f"on_policy_fraction is {self.on_policy_fraction}; it must lie between 0 and 1.")
+
+    @property
+    def interval(self) -> int:
+        """Steps between evaluations and checkpoints where the recipe does not say."""
+        return max(1, self.max_steps // 10)
+
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the trained weights, as JSON: a resumed run must agree on them."""
+        values = asdict(self)
+        for name in _NOT_IDENTITY:
+            del values[name]
+        return values
+
+
+_CHOICES = {
+    "loss": ("forward_kl", "reverse_kl", "jsd", "skewed_kl"),
+    "tokens": ("all", "response"),
+    "precision": ("bf16_mixed", "bf16", "fp32"),
+    "teacher_mode": ("live", "cached"),
+    "on_spike": ("stop", "skip"),
+    "device": ("auto", "cpu", "cuda"),
+}
+_POSITIVE = (
+    "max_steps",
+    "temperature",
+    "learning_rate",
+    "max_grad_norm",
+    "batch_tokens",
+    "gradient_accumulation_steps",
+    "loss_chunk_tokens",
+    "eval_steps",
+    "save_steps",
+    "logging_steps",
+    "held_out_tokens",
+    "refresh_steps",
+    "rollout_tokens",
+    "rollout_temperature",
+    "sequence_length",
+)
+# What a run may change when it continues: where it runs, what it logs, how its result is cut into files.
+_NOT_IDENTITY = (
+    "save_steps",
+    "logging_steps",
+    "report_to",
+    "device",
+    "trust_remote_code",
+    "shards",
+    "max_shard_size",
+    "loss_chunk_tokens",
+    "gradient_accumulation_steps",
+    "on_spike",
+)

@@ -1,0 +1,335 @@
+"""The ecosystem's trainer, taught to distil from hidden states."""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from regrow.errors import RunError
+from regrow.files import disk_errors
+from regrow.losses import LOSSES
+from regrow.progress import Progress, say
+from regrow.training.best import BestWeights
+from regrow.training.checkpoints import publish_checkpoint, staging_folder
+from regrow.training.held_out import HeldOut, figures
+from regrow.training.record import RunRecord, what_is_wrong
+from regrow.training.rollouts import Rollouts
+from regrow.training.rows import RunBatches, only_item
+from regrow.training.settings import TrainingSettings
+from regrow.training.student import HiddenStates, head_arguments
+from regrow.training.teacher import Teacher
+
+_WEIGHTS = "model.safetensors"
+_SKIPS_IN_A_ROW = 5
+
+
+class DistillTrainer(Trainer):
+    """`transformers.Trainer` whose loss comes from two models' final hidden states.
+
+    Hooks that differ from the Trainer's own:
+
+    - `get_train_dataloader`: the planned micro-batches of this process, not shuffled, not prepared.
+    - `get_batch_samples`: counts the tokens of a step over all micro-batches and processes, so that the loss
+      of an accumulated step is the mean over the union of its tokens; lets the student write where asked.
+    - `compute_loss`: teacher's states, student's states, divergence.
+    - `evaluate`: held-out KL and agreement; keeps the best weights.
+    - `log`: the loss averaged over steps, across resumes.
+    - `_clip_grad_norm`: remembers the norm, so that a step with a broken gradient is not taken.
+    - `_save_checkpoint`, `_save`, `_load_from_checkpoint`: trained weights only; whole or absent.
+
+    A callback of its own counts steps, refuses broken ones and shows progress.
+
+    Args:
+        student: the trained module.
+        teacher: gives hidden states.
+        batches: the run's micro-batches for this process.
+        held_out: what is measured between steps.
+        settings: the run's settings.
+        record: what has been done so far; changed in place.
+        best: keeps the best weights.
+        rollouts: text that the student writes, or None.
+        progress: shows finished tokens, or None.
+        args: the Trainer's arguments.
+    """
+
+    def __init__(
+        self,
+        *,
+        student: HiddenStates,
+        teacher: Teacher,
+        batches: RunBatches,
+        held_out: HeldOut,
+        settings: TrainingSettings,
+        record: RunRecord,
+        best: BestWeights,
+        rollouts: Rollouts | None,
+        progress: Progress | None,
+        args: TrainingArguments,
+    ) -> None:
+        super().__init__(
+            model=student,
+            args=args,
+            train_dataset=batches,
+            eval_dataset=held_out,
+            callbacks=[_StepCallback(self)],
+        )
+        self.remove_callback(PrinterCallback)
+        student.keep_head(self.args.device)
+        self.loss_is_scaled_for_ga = True
+        self.model_accepts_loss_kwargs = True
+        self.record = record
+        self.progress = progress
+        self._teacher, self._batches, self._held_out = teacher, batches, held_out
+        self._settings, self._best, self._rollouts = settings, best, rollouts
+        self._divergence = LOSSES[settings.loss]
+        self._grad_norm: float | None = None
+        self._skips_in_a_row = 0
+        self._reset_step()
+
+    def _reset_step(self) -> None:
+        self._step_loss = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        self._step_counts = [0, 0, 0, 0]
+        self._grad_norm = None
+        self._step_start = time.monotonic()
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The planned micro-batches in their order."""
+        return DataLoader(self._batches, batch_size=1, shuffle=False, collate_fn=only_item)
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor]:
+        """The micro-batches of one step, and the tokens in the loss over all of them and all processes."""
+        self._reset_step()
+        if self._rollouts is not None:
+            self._rollouts.prepare(self.state.global_step, self.student_model())
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [sample["batch"] for sample in samples]
+        counts = torch.tensor(
+            [
+                sum(int(batch.positions.sum()) for batch in batches),
+                sum(batch.num_tokens for batch in batches),
+                sum(batch.response_tokens for batch in batches),
+                sum(batch.input_ids.numel() for batch in batches),
+            ],
+            device=device,
+        )
+        self._step_counts = self.accelerator.reduce(counts, "sum").tolist()
+        return samples, torch.tensor(max(self._step_counts[0], 1), device=device)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """The micro-batch's share of the step's loss.
+
+        Processes average their gradients, so each multiplies its share by their number.
+        """
+        batch = inputs["batch"].to(self.args.device)
+        # The teacher goes first: its activations are gone before the student's are kept.
+        teacher_TD = self._teacher.states(batch)
+        head = self.student_model().head
+        hidden_TD = model(batch.input_ids, batch.attention_mask)[batch.positions]
+        settings = self._settings
+        output = self._divergence(
+            hidden_TD.to(head.weight_VD.dtype),
+            teacher_TD,
+            **head_arguments(head, self._teacher.head),
+            beta=settings.beta,
+            temperature=settings.temperature,
+            normalizer=num_items_in_batch,
+            chunk_tokens=settings.loss_chunk_tokens,
+        )
+        loss = output.loss * self.accelerator.num_processes
+        self._step_loss += loss.detach().double()
+        return (loss, {}) if return_outputs else loss
+
+    @property
+    def num_held_out_tokens(self) -> int:
+        """Positions of the held-out evaluation."""
+        return self._held_out.num_tokens
+
+    @property
+    def num_trainable(self) -> int:
+        """Parameters that are trained."""
+        return sum(p.numel() for p in self.student_model().parameters() if p.requires_grad)
+
+    def student_model(self) -> HiddenStates:
+        """The trained module without the wrappers of a distributed engine."""
+        return self.accelerator.unwrap_model(self.model)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Held-out KL and agreement over all processes; remembers the weights where they are the best."""
+        model: Any = self.model
+        was_training = model.training
+        model.eval()
+        sums = self._held_out.sums(model, self.student_model().head, self.args.device)
+        model.train(was_training)
+        found = figures(self.accelerator.reduce(sums, "sum"))
+        step = self.state.global_step
+        if self.record.add_evaluation(step, found) and self._settings.select_best and step:
+            self._best.save(step, self.trained_state())
+        metrics = {f"eval_{name}": value for name, value in found.items()}
+        self.log(dict(metrics))
+        if self.is_world_process_zero():
+            say(f"step {step}: held-out KL {found['kl']:.4f}, top-1 agreement {found['top1_agreement']:.4f}")
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Log the mean loss of the steps since the last entry, also where a resume lies between."""
+        if "loss" in logs:
+            entry = self.record.close_interval(logs["learning_rate"], logs.get("grad_norm"))
+            if entry is not None:
+                logs |= {"loss": entry["loss"], "tokens": entry["tokens"]}
+                logs["padding_efficiency"] = self.record.padding_efficiency
+        super().log(logs, start_time)
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        norm = super()._clip_grad_norm(model)
+        self._grad_norm = float(norm)
+        return norm
+
+    def check_step(self) -> None:
+        """Refuse a step whose loss or gradient is broken.
+
+        Raises:
+            RunError: it is broken and the recipe says stop, or too many in a row were skipped.
+        """
+        # Every process holds the number of processes times its share: their mean is the step's loss.
+        loss = float(self.accelerator.reduce(self._step_loss, "mean"))
+        step = self.state.global_step + 1
+        wrong = what_is_wrong(loss, self._grad_norm, self.record.recent)
+        if wrong is None:
+            self._skips_in_a_row = 0
+            self.record.add_step(loss)
+            return
+        advice = "lower learning_rate, raise warmup_fraction or look at the text of that step"
+        if self._settings.on_spike == "stop":
+            raise RunError(
+                f"Training stopped at step {step}: {wrong}; {advice}, or set on_spike: skip. "
+                "The last checkpoint is kept."
+            )
+        self._skips_in_a_row += 1
+        if self._skips_in_a_row > _SKIPS_IN_A_ROW:
+            raise RunError(
+                f"Training stopped at step {step} after {self._skips_in_a_row} skipped steps in a row: "
+                f"{wrong}; {advice}. The last checkpoint is kept."
+            )
+        say(f"step {step} is skipped: {wrong}.")
+        self.record.skipped.append({"step": step, "reason": wrong})
+        for parameter in self.student_model().parameters():
+            parameter.grad = None
+
+    def finish_step(self) -> None:
+        """Count a step that was taken."""
+        record = self.record
+        record.step = self.state.global_step
+        record.micro_batches += self.args.gradient_accumulation_steps * self.args.world_size
+        record.counted_tokens += self._step_counts[0]
+        record.tokens += self._step_counts[1]
+        record.response_tokens += self._step_counts[2]
+        record.padded_tokens += self._step_counts[3]
+        record.seconds += time.monotonic() - self._step_start
+        if self.progress is not None:
+            loss = record.recent[-1] if record.recent else float("nan")
+            self.progress.advance(self._step_counts[1], f"step {record.step}, loss {loss:.4f}")
+
+    def trained_state(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """Trained parameters by their name in the causal language model, whole and on the CPU."""
+        trained = {n for n, p in self.student_model().named_parameters() if p.requires_grad}
+        if state_dict is None:
+            if self.is_fsdp_enabled:
+                state_dict = self.accelerator.get_state_dict(self.model)
+            else:
+                state_dict = dict(self.student_model().named_parameters())
+        return {
+            name.removeprefix("model."): state_dict[name].detach().cpu().contiguous()
+            for name in sorted(trained & set(state_dict))
+        }
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        folder = Path(output_dir or str(self.args.output_dir))
+        state = self.trained_state(state_dict)
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_file(state, folder / _WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        if self.is_fsdp_enabled:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            return
+        load_trained(self.student_model(), Path(resume_from_checkpoint) / _WEIGHTS)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        target = Path(str(self.args.output_dir))
+        self.args.output_dir = str(staging_folder(target))
+        try:
+            with _save_errors(target):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.output_dir = str(target)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            publish_checkpoint(target, self.state.global_step, self.record.as_json())
+            self._best.forget_unused()
+        self.accelerator.wait_for_everyone()
+
+
+class _StepCallback(TrainerCallback):
+    """Calls the trainer back where the Trainer has no hook of its own."""
+
+    def __init__(self, trainer: DistillTrainer) -> None:
+        self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 0 and not self._trainer.record.held_out:
+            self._trainer.evaluate()
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.check_step()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._trainer.finish_step()
+
+
+def load_trained(student: HiddenStates, file: Path) -> None:
+    """Put saved trained parameters back.
+
+    Raises:
+        RunError: the file and the model disagree about what is trained.
+    """
+    state = load_file(file)
+    parameters = {name.removeprefix("model."): p for name, p in student.named_parameters() if p.requires_grad}
+    if differing := sorted(set(state) ^ set(parameters)):
+        raise RunError(
+            f"{file} does not fit what is trained ({differing[0]}); remove its folder to start again."
+        )
+    with torch.no_grad():
+        for name, value in state.items():
+            parameters[name].copy_(value)
+
+
+@contextlib.contextmanager
+def _save_errors(folder: Path) -> Iterator[None]:
+    """A full disk as one sentence, whichever library meets it."""
+    with disk_errors(folder):
+        try:
+            yield
+        except (RuntimeError, SafetensorError) as error:
+            if "No space left" in str(error) or "failed writing" in str(error) or "os error 28" in str(error):
+                raise RunError(
+                    f"The disk is full while writing {folder}; free some space and run again."
+                ) from None
+            raise
