@@ -50,6 +50,12 @@ _BASE: dict[str, Any] = {
     "pad_token_id": END_OF_TEXT,
 }
 _TIED = {"tie_word_embeddings": True}
+_MOE = {
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 48,
+    "shared_expert_intermediate_size": 60,
+}
 
 # name of the variant -> (model_type, settings that differ from _BASE)
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -59,16 +65,39 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral": ("mistral", {}),
     "qwen2": ("qwen2", _TIED),
     "qwen3": ("qwen3", {"head_dim": 32, **_TIED}),
+    "granite": ("granite", {"mlp_bias": True}),
+    "smollm3": ("smollm3", _TIED),
+    "olmo2": ("olmo2", {}),
+    "olmo3": ("olmo3", {}),
+    "gemma": ("gemma", {"head_dim": 16, **_TIED}),
+    "gemma2": ("gemma2", {"head_dim": 16, **_TIED}),
+    "gemma3_text": ("gemma3_text", {"head_dim": 16, **_TIED}),
+    "gemma3": ("gemma3", {}),
+    "phi3": ("phi3", {}),
+    "glm": ("glm", {"head_dim": 16}),
+    "glm4": ("glm4", {"head_dim": 16}),
+    "mixtral": ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2_moe": ("qwen2_moe", {**_MOE, "mlp_only_layers": [0]}),
+    "qwen3_moe": ("qwen3_moe", {**_MOE, "head_dim": 16}),
 }
+QWEN3_5 = ("qwen3_5", "qwen3_5_text", "qwen3_5_moe", "qwen3_5_moe_text")
+ALL_FAMILIES = (*VARIANTS, *QWEN3_5)
 
 
 def tiny_config(family: str) -> PreTrainedConfig:
-    """The configuration of a two-layer model; `family` is a key of `VARIANTS` or starts with `qwen3_5`."""
-    if family in ("qwen3_5", "qwen3_5_text"):
-        raw = tiny_qwen3_5_config()
-        raw = raw if family == "qwen3_5" else {**raw["text_config"], "mtp_num_hidden_layers": 0}
+    """The configuration of a two-layer model; `family` is one of `ALL_FAMILIES`."""
+    if family in QWEN3_5:
+        raw = tiny_qwen3_5_config(moe="moe" in family)
+        raw = {**raw["text_config"], "mtp_num_hidden_layers": 0} if family.endswith("_text") else raw
         return AutoConfig.for_model(**{**raw, "model_type": family})
     model_type, settings = VARIANTS[family]
+    if family == "gemma3":
+        text = {**_BASE, **VARIANTS["gemma3_text"][1]}
+        vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+                  "num_attention_heads": 2, "image_size": 16, "patch_size": 4}  # fmt: skip
+        return AutoConfig.for_model(
+            "gemma3", text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=280
+        )
     return AutoConfig.for_model(model_type, **{**_BASE, **settings})
 
 
@@ -97,8 +126,8 @@ def save_tiny_model(
     folder = Path(folder)
     model = tiny_model(family, seed, dtype)
     model.save_pretrained(folder)
-    if family == "qwen3_5":
-        _release_like_qwen3_5(folder, seed, dtype)
+    if family in ("qwen3_5", "qwen3_5_moe"):
+        _release_like_qwen3_5(folder, seed, dtype, moe=family == "qwen3_5_moe")
     save_tiny_tokenizer(folder)
     return folder
 
@@ -121,8 +150,11 @@ def save_tiny_tokenizer(folder: str | Path) -> PreTrainedTokenizerFast:
     return fast
 
 
-def tiny_qwen3_5_config() -> dict[str, Any]:
-    """The real Qwen3.5-4B config.json with its sizes shrunk and every other key as it is."""
+def tiny_qwen3_5_config(moe: bool = False) -> dict[str, Any]:
+    """The real Qwen3.5-4B config.json with its sizes shrunk and every other key as it is.
+
+    `moe` makes it a mixture of experts the way Qwen3.5-35B-A3B is one.
+    """
     config: dict[str, Any] = json.loads(REAL_CONFIG.read_text())
     config["text_config"].update(
         vocab_size=VOCAB_SIZE,
@@ -155,13 +187,36 @@ def tiny_qwen3_5_config() -> dict[str, Any]:
         initializer_range=0.15,
     )
     config.update(image_token_id=280, video_token_id=281, vision_start_token_id=282, vision_end_token_id=283)
+    if moe:
+        del config["text_config"]["intermediate_size"]
+        config["text_config"].update(model_type="qwen3_5_moe_text", **_MOE)
+        config.update(model_type="qwen3_5_moe", architectures=["Qwen3_5MoeForConditionalGeneration"])
     return config
 
 
-def _release_like_qwen3_5(folder: Path, seed: int, dtype: torch.dtype) -> None:
+def stack_experts(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Experts stored one by one, as transformers saves them, in the stacked form of some releases."""
+    result: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        base, found, rest = name.partition(".mlp.experts.")
+        if not found:
+            result[name] = tensor
+        elif rest == "0.down_proj.weight":
+            path, experts = f"{base}.mlp.experts", range(_MOE["num_experts"])
+            part = {
+                p: [tensors[f"{path}.{e}.{p}_proj.weight"] for e in experts] for p in ("gate", "up", "down")
+            }
+            pairs = zip(part["gate"], part["up"], strict=True)
+            result[f"{path}.gate_up_proj"] = torch.stack([torch.cat(pair) for pair in pairs])
+            result[f"{path}.down_proj"] = torch.stack(part["down"])
+    return result
+
+
+def _release_like_qwen3_5(folder: Path, seed: int, dtype: torch.dtype, moe: bool) -> None:
     (saved,) = folder.glob("*.safetensors")
     tensors = load_file(saved)
     saved.unlink()
+    tensors = stack_experts(tensors)
     for name in tensors:
         if name.endswith(("linear_attn.A_log", "linear_attn.norm.weight")):
             tensors[name] = tensors[name].float()
@@ -187,7 +242,7 @@ def _release_like_qwen3_5(folder: Path, seed: int, dtype: torch.dtype) -> None:
     total = sum(t.numel() * t.element_size() for t in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2))
-    config = tiny_qwen3_5_config()
+    config = tiny_qwen3_5_config(moe)
     config["text_config"]["dtype"] = str(dtype).removeprefix("torch.")
     (folder / "config.json").write_text(json.dumps(config, indent=4))
     (folder / "generation_config.json").unlink(missing_ok=True)

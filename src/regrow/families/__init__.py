@@ -3,7 +3,7 @@
 from regrow.families.config import causal_lm_name, pruned_config
 from regrow.families.count import count_by_part, count_parameters
 from regrow.families.family import Family, MlpSpec
-from regrow.families.layout import expected_tensors, part_of, text_prefix
+from regrow.families.layout import expected_tensors, head_name, part_of, text_prefix
 from regrow.families.registry import FAMILIES, find_family
 from regrow.families.sites import main_kinds, mlp_sites, site_tensors, width_key
 
@@ -16,6 +16,7 @@ __all__ = [
     "count_parameters",
     "expected_tensors",
     "find_family",
+    "head_name",
     "main_kinds",
     "mlp_sites",
     "part_of",

@@ -46,6 +46,7 @@ class Family:
         text_key: the key under which the language model's settings are nested, or None.
         text_prefixes: where the language model lies in a checkpoint, e.g. `model.`; the first is what
             transformers saves, the others are older layouts.
+        head_names: what the output head is called under each of them; the first where the list ends.
         renames: (checkpoint prefix, prefix in `AutoModelForCausalLM`'s state dict); the first match counts,
             and a name that matches none is not in that class.
         patterns: (regular expression, replacement) applied to a name afterwards.
@@ -96,9 +97,11 @@ class Family:
                 _require_size(settings, spec.width_key)
         if settings["num_hidden_layers"] > _MOST_LAYERS:
             raise UserError(f"config.json: num_hidden_layers is {settings['num_hidden_layers']}; mend it.")
-        for key in ("num_experts", "num_local_experts"):
-            if key in settings and (_require_size(settings, key) > _MOST_EXPERTS):
-                raise UserError(f"config.json: {key} is {settings[key]}; mend it.")
+        # Two names for one thing; transformers writes either.
+        if "num_local_experts" in given and "num_experts" not in given:
+            settings["num_experts"] = given["num_local_experts"]
+        if "num_experts" in settings and _require_size(settings, "num_experts") > _MOST_EXPERTS:
+            raise UserError(f"config.json: num_experts is {settings['num_experts']}; mend it.")
         return settings
 
     def is_mtp(self, name: str) -> bool:

@@ -35,8 +35,7 @@ def expected_tensors(
         block = family.layer(c, layer)
         shapes |= {f"{prefix}layers.{layer}.{name}": shape for name, shape in block.items()}
     if not c.get("tie_word_embeddings"):
-        head = "lm_head.weight" if prefix != "language_model.model." else "language_model.lm_head.weight"
-        shapes[head] = (vocab, d)
+        shapes[head_name(family, prefix)] = (vocab, d)
     if family.vision is not None:
         shapes |= family.vision(config)
     num_mtp = family.num_mtp_layers(config) if with_mtp else 0
@@ -46,6 +45,11 @@ def expected_tensors(
             block = family.mtp_layer(c, layer)
             shapes |= {f"{family.mtp_prefix}layers.{layer}.{name}": shape for name, shape in block.items()}
     return shapes
+
+
+def head_name(family: Family, prefix: str) -> str:
+    """What the output head is called in a checkpoint whose language model lies at `prefix`."""
+    return dict(zip(family.text_prefixes, family.head_names, strict=False)).get(prefix, family.head_names[0])
 
 
 def part_of(family: Family, name: str) -> str:

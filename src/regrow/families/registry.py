@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from regrow.errors import UserError
-from regrow.families import dense, qwen3_5
+from regrow.families import dense, fused, gemma, moe, qwen3_5
 from regrow.families.family import Family
 
 FAMILIES: dict[str, Family] = {
@@ -16,8 +16,20 @@ FAMILIES: dict[str, Family] = {
     "smollm3": dense.SMOLLM3,
     "olmo2": dense.OLMO2,
     "olmo3": dense.OLMO3,
+    "gemma": gemma.GEMMA,
+    "gemma2": gemma.GEMMA2,
+    "gemma3": gemma.GEMMA3,
+    "gemma3_text": gemma.GEMMA3_TEXT,
+    "phi3": fused.PHI3,
+    "glm": fused.GLM,
+    "glm4": fused.GLM4,
     "qwen3_5": qwen3_5.QWEN3_5,
     "qwen3_5_text": qwen3_5.QWEN3_5_TEXT,
+    "qwen2_moe": moe.QWEN2_MOE,
+    "qwen3_moe": moe.QWEN3_MOE,
+    "qwen3_5_moe": moe.QWEN3_5_MOE,
+    "qwen3_5_moe_text": moe.QWEN3_5_MOE_TEXT,
+    "mixtral": moe.MIXTRAL,
 }
 
 # Couplings between the MLP's width and something else that cannot be kept exact.

@@ -2,10 +2,11 @@
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from regrow.errors import UserError
-from regrow.families.family import Family, MlpSpec
+from regrow.families.family import Family, MlpSpec, Shapes
 from regrow.families.layout import text_prefix
 from regrow.families.registry import find_family
 from regrow.types import MlpSite, SiteKind, TensorInfo, TensorRef
@@ -25,16 +26,15 @@ def mlp_sites(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> l
     prefix = text_prefix(family, tensors)
     sites: list[MlpSite] = []
     for layer in range(c["num_hidden_layers"]):
-        base = f"{prefix}layers.{layer}."
-        found = list(_layer_sites(family, tensors, base, f"layers.{layer}", layer))
-        if not found:
-            raise UserError(f"Layer {layer} has no gated MLP under {base}*; the checkpoint is incomplete.")
-        sites += found
+        where = _Where(f"{prefix}layers.{layer}.", f"layers.{layer}", layer, family.layer(c, layer))
+        sites += _layer_sites(family, tensors, where)
     num_mtp = family.num_mtp_layers(config)
-    for layer in range(num_mtp):
-        base = f"{family.mtp_prefix}layers.{layer}."
-        sites += _mtp_sites(family, tensors, base, f"mtp.layers.{layer}", layer)
     _check_mtp_names(family, tensors, num_mtp)
+    if family.mtp_layer is not None and any(family.is_mtp(name) for name in tensors):
+        for layer in range(num_mtp):
+            expected = family.mtp_layer(c, layer)
+            where = _Where(f"{family.mtp_prefix}layers.{layer}.", f"mtp.layers.{layer}", layer, expected)
+            sites += _layer_sites(family, tensors, where, mtp=True)
     for site in sites:
         _check_site(family, c, site, tensors)
     return sites
@@ -68,53 +68,61 @@ def site_tensors(site: MlpSite) -> list[TensorRef]:
     return [ref for ref in refs if ref is not None]
 
 
-def _mtp_sites(
-    family: Family, tensors: Mapping[str, TensorInfo], base: str, short: str, layer: int
-) -> Iterator[MlpSite]:
-    for site in _layer_sites(family, tensors, base, short, layer, in_model=False):
-        kind: SiteKind = "mtp" if site.kind == "dense" else site.kind
-        yield MlpSite(**{**vars(site), "kind": kind})
+@dataclass(frozen=True)
+class _Where:
+    """One layer: how its tensors' names begin, its short name, its index, and the shapes it should have."""
+
+    base: str
+    short: str
+    layer: int
+    expected: Shapes
 
 
 def _layer_sites(
-    family: Family,
-    tensors: Mapping[str, TensorInfo],
-    base: str,
-    short: str,
-    layer: int,
-    in_model: bool = True,
+    family: Family, tensors: Mapping[str, TensorInfo], where: _Where, mtp: bool = False
 ) -> Iterator[MlpSite]:
     for spec in family.mlps:
-        path = f"{base}{spec.path}"
-        module = f"{_causal_prefix(family)}layers.{layer}.{spec.module or spec.path}" if in_model else None
+        path = f"{where.base}{spec.path}"
+        module = f"{_causal_prefix(family)}layers.{where.layer}.{spec.module or spec.path}"
         if spec.kind == "expert":
-            yield from _expert_sites(spec, tensors, path, f"{short}.experts", layer, module)
-            continue
-        name = short if spec.kind == "dense" else f"{short}.{spec.kind}"
-        refs = _separate(tensors, path, spec.names) or _fused(tensors, path)
-        if refs is not None:
-            yield _site(spec, tensors, name, layer, refs, module)
+            stack = where.expected.get(f"{spec.path}.down_proj")
+            if stack is not None:
+                found = list(_expert_refs(spec, tensors, path))
+                if len(found) != stack[0]:
+                    raise UserError(
+                        f"{path} holds {len(found)} experts and config.json says {stack[0]}; "
+                        "the checkpoint is incomplete."
+                    )
+                for number, refs in enumerate(found):
+                    name = f"{where.short}.experts.{number}"
+                    yield _site("expert", tensors, name, where.layer, refs, None if mtp else module)
+        elif f"{spec.path}.down_proj.weight" in where.expected:
+            refs_found = _separate(tensors, path, spec.names) or _fused(tensors, path)
+            if refs_found is None:
+                raise UserError(
+                    f"{path} lacks its gate, up or down projection; the checkpoint is incomplete."
+                )
+            kind: SiteKind = "mtp" if mtp and spec.kind == "dense" else spec.kind
+            name = where.short if spec.kind == "dense" else f"{where.short}.{spec.kind}"
+            yield _site(kind, tensors, name, where.layer, refs_found, None if mtp else module)
 
 
-def _expert_sites(
-    spec: MlpSpec, tensors: Mapping[str, TensorInfo], path: str, short: str, layer: int, module: str | None
-) -> Iterator[MlpSite]:
+def _expert_refs(spec: MlpSpec, tensors: Mapping[str, TensorInfo], path: str) -> Iterator["Refs"]:
     gate_up, down = tensors.get(f"{path}.gate_up_proj"), tensors.get(f"{path}.down_proj")
     if gate_up is not None and down is not None:
         if len(gate_up.shape) != 3 or len(down.shape) != 3 or gate_up.shape[0] != down.shape[0]:
             raise UserError(f"{gate_up.name} and {down.name} are no stacks of experts; fetch them again.")
         half = gate_up.shape[1] // 2
         for expert in range(gate_up.shape[0]):
-            refs = (
+            yield (
                 TensorRef(gate_up.name, 1, 0, expert),
                 TensorRef(gate_up.name, 1, half, expert),
                 TensorRef(down.name, 2, 0, expert),
             )
-            yield _site(spec, tensors, f"{short}.{expert}", layer, refs, module)
         return
     expert = 0
-    while refs_apart := _separate(tensors, f"{path}.{expert}", spec.names):
-        yield _site(spec, tensors, f"{short}.{expert}", layer, refs_apart, module)
+    while refs := _separate(tensors, f"{path}.{expert}", spec.names):
+        yield refs
         expert += 1
 
 
@@ -137,7 +145,7 @@ def _fused(tensors: Mapping[str, TensorInfo], path: str) -> Refs | None:
 
 
 def _site(
-    spec: MlpSpec,
+    kind: SiteKind,
     tensors: Mapping[str, TensorInfo],
     name: str,
     layer: int,
@@ -154,7 +162,7 @@ def _site(
         biases.append(TensorRef(bias, 0, ref.start) if bias in tensors else None)
     return MlpSite(
         name=name,
-        kind=spec.kind,
+        kind=kind,
         layer=layer,
         width=shape[-1],
         hidden_size=shape[-2],
