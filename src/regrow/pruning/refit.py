@@ -1,0 +1,156 @@
+# ruff: noqa: N815  (shape suffixes on attributes)
+"""Least-squares refit of down_proj after channels are removed.
+
+The kept columns take over what the removed ones contributed, as far as the kept activations predict it:
+W' = W_S + W_P C_PS (C_SS + lambda I)^-1, the minimiser of E||W' x_S - W x||^2 + lambda ||W' - W_S||^2. The
+ridge pulls toward the original weights, not toward zero, so lambda -> infinity is the plain cut. Greedy OBS
+updates end at the same W' (ZipLM, arXiv 2302.04089); for attention and MLPs of ReLU models the closed form is
+in LLM-Surgeon and OSSCAR (arXiv 2403.12983).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# lambda = rho * mean diag C. A walk over this grid starts at START and stops where held-out error turns.
+RHOS: tuple[float, ...] = (1e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
+START = 1e-3
+
+
+@dataclass(frozen=True)
+class Refit:
+    """A refitted projection and how well it does on tokens that it was not fitted on.
+
+    Attributes:
+        weight_DK: new kept columns, fp32 values that the stored dtype holds exactly.
+        rho: the ridge that was chosen, or None where the plain cut is at least as good and was kept.
+        error_before: E||W x - W_S x_S||^2 / E||W x||^2 on the held-out tokens, the plain cut.
+        error_after: the same with `weight_DK`; never more than `error_before`.
+        condition: (max / min pivot)^2 of the Cholesky factor, a lower bound of the condition number that was
+            solved with; None where nothing was refitted.
+        tried: rho -> held-out error.
+    """
+
+    weight_DK: Tensor
+    rho: float | None
+    error_before: float
+    error_after: float
+    condition: float | None
+    tried: dict[float, float]
+
+
+def refit_down(
+    down_DF: Tensor,
+    kept_K: Tensor,
+    *,
+    gram_FF: Tensor,
+    num_tokens: int,
+    held_out_gram_FF: Tensor,
+    stored_dtype: torch.dtype,
+    rhos: Sequence[float] = RHOS,
+    start: float = START,
+) -> Refit:
+    """Refit the kept columns, with the ridge that does best on held-out tokens.
+
+    Errors are measured with the weights as they will be stored (rounded to `stored_dtype`).
+
+    Args:
+        down_DF: original weights, fp32.
+        kept_K: ascending indices of kept channels.
+        gram_FF: sum of x x^T over the calibration tokens, fp32.
+        num_tokens: how many those were; only the scale of lambda depends on it.
+        held_out_gram_FF: the same over held-out tokens, fp32.
+        stored_dtype: dtype of the tensor in the checkpoint.
+        rhos: ascending grid of ridges relative to the mean of the diagonal.
+        start: first one that is tried.
+    """
+    scale = held_out_power(down_DF, held_out_gram_FF)
+    plain_DK = down_DF[:, kept_K]
+    before = output_error(down_DF, kept_K, plain_DK, held_out_gram_FF, scale)
+    removed_P = removed_channels(kept_K, down_DF.shape[1])
+    if scale <= 0 or not len(removed_P):
+        return Refit(plain_DK, None, before, before, None, {})
+    problem = _Problem(down_DF, kept_K, removed_P, gram_FF / max(num_tokens, 1))
+
+    best: tuple[float, float, Tensor, float] | None = None
+    tried: dict[float, float] = {}
+
+    def measure(rho: float) -> float:
+        nonlocal best
+        if rho not in tried:
+            weight_DK, condition = problem.solve(rho)
+            rounded_DK = weight_DK.to(stored_dtype).float()
+            error = output_error(down_DF, kept_K, rounded_DK, held_out_gram_FF, scale)
+            tried[rho] = error if torch.isfinite(rounded_DK).all() else float("inf")
+            if best is None or tried[rho] < best[0]:
+                best = (tried[rho], rho, rounded_DK, condition)
+        return tried[rho]
+
+    walk(measure, rhos, start)
+    assert best is not None
+    after, rho, weight_DK, condition = best
+    if not after < before:
+        return Refit(plain_DK, None, before, before, None, tried)
+    return Refit(weight_DK, rho, before, after, condition, tried)
+
+
+def walk(measure, rhos: Sequence[float], start: float) -> None:  # type: ignore[no-untyped-def]
+    """Call `measure` along an ascending grid, from `start` downhill until it rises, first down, then up."""
+    middle = min(range(len(rhos)), key=lambda i: abs(rhos[i] - start))
+    lowest = measure(rhos[middle])
+    for step in (-1, 1):
+        i, current, moved = middle + step, lowest, False
+        while 0 <= i < len(rhos) and (value := measure(rhos[i])) < current:
+            i, current, moved = i + step, value, True
+        if moved:
+            return
+
+
+def removed_channels(kept_K: Tensor, width: int) -> Tensor:
+    """Ascending indices that are not in `kept_K`."""
+    gone_F = torch.ones(width, dtype=torch.bool, device=kept_K.device)
+    gone_F[kept_K] = False
+    return gone_F.nonzero()[:, 0]
+
+
+def held_out_power(down_DF: Tensor, gram_FF: Tensor) -> float:
+    """Sum over tokens of ||W x||^2."""
+    return float(((down_DF @ gram_FF) * down_DF).sum(dtype=torch.float64))
+
+
+def output_error(down_DF: Tensor, kept_K: Tensor, new_DK: Tensor, gram_FF: Tensor, scale: float) -> float:
+    """Sum over tokens of ||W x - W' x_S||^2, over `scale`; products in fp32, sums in fp64."""
+    delta_DF = down_DF.clone()
+    delta_DF[:, kept_K] -= new_DK
+    error = float(((delta_DF @ gram_FF) * delta_DF).sum(dtype=torch.float64))
+    return max(error, 0.0) / scale if scale > 0 else 0.0
+
+
+class _Problem:
+    """The normal equations of one layer, factorised once per ridge in float64."""
+
+    def __init__(self, down_DF: Tensor, kept_K: Tensor, removed_P: Tensor, covariance_FF: Tensor) -> None:
+        self._kept_DK = down_DF[:, kept_K].double()
+        self._C_KK = covariance_FF[kept_K][:, kept_K].double()
+        self._mean = float(covariance_FF.diagonal().mean(dtype=torch.float64))
+        C_KP = covariance_FF[kept_K][:, removed_P].double()
+        removed_DP = down_DF[:, removed_P].double()
+        # Solve for whichever is narrower: the P removed channels or the D outputs.
+        self._few_channels = removed_DP.shape[1] < removed_DP.shape[0]
+        self._removed_DP = removed_DP
+        self._right = C_KP if self._few_channels else C_KP @ removed_DP.T
+
+    def solve(self, rho: float) -> tuple[Tensor, float]:
+        """Weights [D, K] in fp32 and the condition estimate; infinite where the factorisation fails."""
+        damped_KK = self._C_KK.clone()
+        damped_KK.diagonal().add_(rho * self._mean)
+        factor_KK, info = torch.linalg.cholesky_ex(damped_KK)
+        if int(info):
+            return torch.full_like(self._kept_DK, torch.inf, dtype=torch.float32), float("inf")
+        pivots_K = factor_KK.diagonal()
+        condition = float((pivots_K.max() / pivots_K.min()).square())
+        solution = torch.cholesky_solve(self._right, factor_KK)
+        change_DK = self._removed_DP @ solution.T if self._few_channels else solution.T
+        return (self._kept_DK + change_DK).float(), condition
