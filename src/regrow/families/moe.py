@@ -110,7 +110,7 @@ QWEN3_5_MOE = Family(
     _qwen3_5_moe_layer,
     defaults=_QWEN3_5_MOE,
     text_key="text_config",
-    text_prefixes=("model.language_model.", "model."),
+    text_prefixes=("model.language_model.",),
     renames=qwen3_5.RENAMES,
     patterns=_STACKED,
     vision=qwen3_5.vision,

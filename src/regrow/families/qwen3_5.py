@@ -139,7 +139,7 @@ QWEN3_5 = Family(
     _layer,
     defaults=DEFAULTS,
     text_key="text_config",
-    text_prefixes=("model.language_model.", "model."),
+    text_prefixes=("model.language_model.",),
     renames=RENAMES,
     vision=vision,
     vision_prefixes=VISION_PREFIXES,

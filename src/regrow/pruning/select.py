@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from regrow.errors import RunError, UserError
+from regrow.pruning.alignment import alignment_notes
 
 
 def check_width(width: int, step: int, model_width: int) -> list[str]:
@@ -23,24 +24,6 @@ def check_width(width: int, step: int, model_width: int) -> list[str]:
     if width == model_width:
         notes.append(f"Width {width} is the model's own: nothing is removed.")
     return notes + alignment_notes(width)
-
-
-def alignment_notes(width: int) -> list[str]:
-    """At most one sentence on what a width costs quantised formats downstream.
-
-    GGUF K-quants pack 256 values along a row of down_proj; block-scaled FP8 uses 128 x 128 blocks, which
-    tensor parallelism over two devices needs whole in each half.
-    """
-    below, above = width // 256 * 256, -(-width // 256) * 256
-    remedy = f"{below} and {above} avoid this" if below else f"{above} avoids this"
-    if width % 256 == 0:
-        return []
-    costs = "GGUF K-quants fall back to larger types for down_proj"
-    if width % 128:
-        costs += ", and block-FP8 (128) does not fit"
-    else:
-        costs += ", and block-FP8 (128) is refused with tensor parallelism of 2 or more"
-    return [f"Width {width} is no multiple of 256: {costs}; {remedy}."]
 
 
 def top_channels(scores_F: Tensor, keep: int, site: str) -> Tensor:

@@ -6,8 +6,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from surgery_helpers import load, logits, prune_in_memory, random_plan, tensor_bytes
-from tiny_models import ALL_FAMILIES, save_tiny_model
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from regrow.checkpoint import CheckpointReader
@@ -23,6 +21,8 @@ from regrow.families import (
 )
 from regrow.pruning.plan import identity_plan
 from regrow.pruning.rewrite import rewrite_checkpoint
+from surgery_helpers import load, logits, prune_in_memory, random_plan, tensor_bytes
+from tiny_models import ALL_FAMILIES, save_tiny_model
 
 VISION = ("qwen3_5", "qwen3_5_moe", "gemma3")
 

@@ -1,0 +1,75 @@
+"""Which inference engines take a checkpoint, judged from names, shapes and config.
+
+What each engine does with a contradiction was read in its source: one scalar width serves the trunk and the
+multi-token-prediction (MTP) layer; an MTP head that is declared and missing stops vLLM's speculative decoding
+("weights were not initialized") and llama.cpp's conversion.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from regrow.families import Family
+
+Verdict = dict[str, Any]
+
+
+def engine_support(
+    family: Family, config: Mapping[str, Any], problems: Sequence[str], facts: Mapping[str, Any]
+) -> dict[str, Verdict]:
+    """Engine -> `{"ok", "why"}`.
+
+    Args:
+        family: the checkpoint's family.
+        config: its config.json.
+        problems: what is wrong with its files, names and shapes.
+        facts: `main_ok` (all tensors but MTP are there and fit), `mtp_declared`, `has_mtp`, `mtp_ok`,
+            `extra` (tensors that nothing foresees), `foreign_prefix` (a text-only model with the names of
+            one with vision).
+    """
+    first = problems[0] if problems else ""
+    whole = bool(facts["main_ok"]) and not facts["extra"]
+    if not whole:
+        reason = _no(first or "names or shapes do not fit the config")
+        return dict.fromkeys(("transformers", "vllm", "vllm_speculative", "sglang", "llama_cpp"), reason)
+    architecture = _architecture(config)
+    trunk = _yes(f"every tensor of {architecture} is there at the width that config.json gives")
+    mtp_fault = (
+        "config.json declares a multi-token-prediction head whose tensors are missing or do not fit"
+        if facts["mtp_declared"]
+        else "multi-token-prediction tensors are there that config.json does not declare"
+    )
+    if family.mtp_key is None:
+        speculative = _no("the model has no multi-token-prediction head; a draft model or n-grams work")
+    elif not facts["mtp_ok"]:
+        speculative = _no(mtp_fault)
+    elif facts["has_mtp"]:
+        speculative = _yes("the multi-token-prediction head has the trunk's width")
+    else:
+        speculative = _no("the multi-token-prediction head was dropped, and config.json says so")
+    llama_cpp = _yes("the converter finds every tensor; see alignment for quantised types")
+    if not facts["mtp_ok"]:
+        llama_cpp = _no(f"conversion fails: {mtp_fault}")
+    others = trunk
+    if facts["foreign_prefix"]:
+        others = _no("its names lie under model.language_model., which a text-only model does not use")
+        speculative = llama_cpp = others
+    return {
+        "transformers": trunk,
+        "vllm": others,
+        "vllm_speculative": speculative,
+        "sglang": others,
+        "llama_cpp": llama_cpp,
+    }
+
+
+def _architecture(config: Mapping[str, Any]) -> str:
+    names = config.get("architectures")
+    return str(names[0]) if isinstance(names, list) and names else str(config.get("model_type"))
+
+
+def _yes(why: str) -> Verdict:
+    return {"ok": True, "why": why}
+
+
+def _no(why: str) -> Verdict:
+    return {"ok": False, "why": why}
