@@ -6,7 +6,7 @@ Heavy imports are inside the verbs, so that `--help` answers at once.
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -25,7 +25,7 @@ Out = Annotated[Path, typer.Option("--out", help="New folder (or file) for the r
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model ships.")]
 CorpusFiles = Annotated[
     list[str],
@@ -159,7 +159,9 @@ def prune(
     step: Annotated[int, typer.Option(help="The width must be a multiple of this.")] = 128,
     shards: Annotated[int | None, typer.Option(help="Write exactly this many files.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Or limit their size, e.g. 5GB.")] = None,
-    mtp: Annotated[str, typer.Option(help="Multi-token-prediction layer: prune or drop.")] = "prune",
+    mtp: Annotated[
+        Literal["prune", "drop"], typer.Option(help="Multi-token-prediction layer: prune or drop.")
+    ] = "prune",
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -266,7 +268,9 @@ def _train(
 @app.command()
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="Model; not needed with --responses.")] = None,
-    benchmark: Annotated[str, typer.Option(help="fidelity, ifeval or latency.")] = "fidelity",
+    benchmark: Annotated[
+        Literal["fidelity", "ifeval", "latency"], typer.Option(help="What to measure.")
+    ] = "fidelity",
     teacher: Annotated[str | None, typer.Option(help="The parent (fidelity).")] = None,
     data: Annotated[str | None, typer.Option(help="Held-out text (fidelity).")] = None,
     prompts: Annotated[str | None, typer.Option(help="IFEval prompts: file, Hub id or builtin:dev.")] = None,

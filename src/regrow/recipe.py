@@ -40,6 +40,7 @@ class Calibrate(Section):
     num_tokens: Positive = 65_536
     batch_size: Positive = 8
     correlations: bool = True
+    fisher: bool = False
     method: Literal["in_memory", "layerwise"] = "in_memory"
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.125
 
@@ -81,7 +82,7 @@ class Training(Section):
     gradient_checkpointing: bool = False
     precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
     optimizer: str = "adamw_torch"
-    teacher: Literal["live", "cached"] = "live"
+    teacher_mode: Literal["live", "cached"] = "live"
     loss_chunk_tokens: Positive | None = None
     eval_steps: Positive | None = None
     save_steps: Positive | None = None
@@ -89,6 +90,11 @@ class Training(Section):
     on_spike: Literal["stop", "skip"] = "stop"
     logging_steps: Positive = 10
     report_to: tuple[str, ...] = ("tensorboard",)
+    held_out_tokens: Positive = 16_384
+    on_policy_fraction: Fraction = 0.0
+    refresh_steps: Positive = 50
+    rollout_tokens: Positive = 128
+    rollout_temperature: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Distill(Training):

@@ -60,9 +60,7 @@ def test_bad_values_are_named_in_one_sentence(change, words):
 
 def test_overrides_reach_nested_keys_and_list_items(tmp_path):
     path = tmp_path / "r.yaml"
-    path.write_text(
-        "name: a\nmodel: m\ncorpora: [{source: x}]\nheld_out: {source: y}\nprune: {width: 256}\n"
-    )
+    path.write_text("name: a\nmodel: m\ncorpora: [{source: x}]\nheld_out: {source: y}\nprune: {width: 256}\n")
     recipe = load_recipe(
         path, ["prune.width=384", "distill.max_steps=7", "corpora.0.weight=2.5", "enable_thinking=false"]
     )
