@@ -8,6 +8,7 @@ fewer than eight words counts as one run of its own.
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 from typing import TypeVar
@@ -54,8 +55,7 @@ def decontaminate_ifeval(prompts: Sequence[T], *, text_of: Callable[[T], str] = 
 
     The prompts themselves are not needed. A hash of an unrelated 8-gram collides with probability 4e-6.
     """
-    raw = files("regrow").joinpath(*_IFEVAL_ASSET).read_bytes()
-    forbidden = frozenset(np.frombuffer(raw, dtype="<u4").tolist())
+    forbidden = _ifeval_hashes()
     kept = [
         prompt
         for prompt in prompts
@@ -108,6 +108,12 @@ def drop_repeats(items: Sequence[T], key_of: Callable[[T], str | None]) -> tuple
         if key is not None:
             seen.add(key)
     return kept, len(items) - len(kept)
+
+
+@lru_cache(maxsize=1)
+def _ifeval_hashes() -> frozenset[int]:
+    raw = files("regrow").joinpath(*_IFEVAL_ASSET).read_bytes()
+    return frozenset(np.frombuffer(raw, dtype="<u4").tolist())
 
 
 def _hash(gram: str) -> int:

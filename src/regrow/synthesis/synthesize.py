@@ -11,7 +11,7 @@ from typing import Any, Literal
 from regrow.checkpoint.reader import CheckpointReader
 from regrow.data.constraints import require_checkers
 from regrow.errors import UserError
-from regrow.files import publish_folder, read_json, sha256_file, sha256_json, write_json
+from regrow.files import publish_folder, read_json, require_new_folder, sha256_file, sha256_json, write_json
 from regrow.progress import say
 from regrow.synthesis.answers import answer_block
 from regrow.synthesis.blocks import Row, open_work, require_same, run_blocks
@@ -127,6 +127,7 @@ def synthesize(
         require_same(report.get("settings"), settings, out)
         say(f"{out} is finished already; nothing to do.")
         return report
+    require_new_folder(out)
     work = out.with_name(f"{out.name}.work")
     open_work(work, settings)
     teacher = Teacher(
