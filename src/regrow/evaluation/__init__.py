@@ -1,1 +1,1 @@
-"""What the pruned model can still do, measured beside its parent."""
+"""Measuring models: fidelity to a teacher, IFEval, speed, and paired comparison of what was measured."""

@@ -1,0 +1,63 @@
+"""What changed item by item between two models that answered the same prompts (flips; arXiv 2407.09141).
+
+Two models of equal accuracy may still answer differently; the flips both ways show it.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Record = Mapping[str, Any]
+_EXAMPLES = 3
+_LEVELS = {"prompts": "prompt_level_strict", "instructions": "inst_level_strict"}
+
+
+def count_flips(records_a: Sequence[Record], records_b: Sequence[Record]) -> dict[str, Any]:
+    """What B lost and gained against A, strictly judged: prompts, instructions, and examples of prompts."""
+    flips: dict[str, Any] = {}
+    for level, metric in _LEVELS.items():
+        lost = gained = 0
+        for one, other in zip(records_a, records_b, strict=True):
+            before, after = _items(one, metric), _items(other, metric)
+            lost += sum(x and not y for x, y in zip(before, after, strict=True))
+            gained += sum(y and not x for x, y in zip(before, after, strict=True))
+        flips[level] = {"lost": lost, "gained": gained}
+    flips["examples"] = {
+        way: [
+            _example(one, other)
+            for one, other in zip(records_a, records_b, strict=True)
+            if all(one["strict"]) is before and all(other["strict"]) is not before
+        ][:_EXAMPLES]
+        for way, before in (("lost", True), ("gained", False))
+    }
+    return flips
+
+
+def tally_types(records_a: Sequence[Record], records_b: Sequence[Record]) -> dict[str, dict[str, int]]:
+    """Per kind of instruction: how many there are, each model's strict successes, what B lost and gained."""
+    table: dict[str, dict[str, int]] = {}
+    for one, other in zip(records_a, records_b, strict=True):
+        for kind, before, after in zip(one["instruction_ids"], one["strict"], other["strict"], strict=True):
+            names = ("total", "baseline", "candidate", "lost", "gained")
+            entry = table.setdefault(kind, dict.fromkeys(names, 0))
+            for name, happened in zip(
+                names, (True, before, after, before and not after, after and not before), strict=True
+            ):
+                entry[name] += bool(happened)
+    return dict(sorted(table.items()))
+
+
+def _items(record: Record, metric: str) -> list[bool]:
+    verdicts = [bool(item) for item in record["strict"]]
+    return [all(verdicts)] if metric.startswith("prompt_level") else verdicts
+
+
+def _example(one: Record, other: Record) -> dict[str, Any]:
+    return {
+        "key": one["key"],
+        "prompt": one.get("prompt", ""),
+        "instruction_ids": list(one["instruction_ids"]),
+        "baseline_strict": list(one["strict"]),
+        "candidate_strict": list(other["strict"]),
+        "baseline_response": one.get("response", ""),
+        "candidate_response": other.get("response", ""),
+    }
