@@ -129,9 +129,17 @@ def _turn(turn: Any) -> Message:
     role, content = turn.get("role", turn.get("from")), turn.get("content", turn.get("value"))
     if role not in _ROLES:
         raise _BadRowError(f"unknown role {role!r:.30}")
+    if isinstance(content, list):  # a list of parts, of which only text can be used
+        parts = [part.get("text") if isinstance(part, dict) else None for part in content]
+        if not all(isinstance(part, str) for part in parts):
+            raise _BadRowError("a message with parts that are no text")
+        content = "".join(parts)
     if not isinstance(content, str) or not content.strip():
         raise _BadRowError("an empty message")
-    return {"role": _ROLES[role], "content": content}
+    message = {"role": _ROLES[role], "content": content}
+    if isinstance(turn.get("reasoning_content"), str):
+        message["reasoning_content"] = turn["reasoning_content"]
+    return message
 
 
 def _from_alpaca(row: dict[str, Any]) -> list[Message]:

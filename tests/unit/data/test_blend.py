@@ -1,0 +1,77 @@
+import json
+
+import pytest
+
+from regrow.data.blend import encode_corpora
+from regrow.errors import UserError
+from tiny_models import save_tiny_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def corpus(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def test_shares_of_tokens_follow_the_weights(tokenizer, tmp_path):
+    small = corpus(tmp_path / "small.jsonl", ["a" * 10] * 30)  # 300 tokens
+    large = corpus(tmp_path / "large.jsonl", ["b" * 7] * 400)  # 2,800 tokens
+    blend = encode_corpora(
+        tokenizer, [(small, "train", 1.0, None), (large, "train", 3.0, None)], max_length=64, seed=0
+    )
+    tokens = [source["num_tokens"] for source in blend.sources]
+    assert tokens[0] == 300
+    assert 900 <= tokens[1] < 900 + 7  # the share, met by the last whole row
+    assert len(blend.rows) == blend.sources[0]["num_rows"] + blend.sources[1]["num_rows"]
+    assert any("129 of 400 rows used" in note for note in blend.notes)
+
+
+def test_seed_decides_order_and_hash(tokenizer, tmp_path):
+    path = corpus(tmp_path / "a.jsonl", [f"text number {i}" for i in range(50)])
+    blends = [
+        encode_corpora(tokenizer, [(path, "train", 1.0, None)], max_length=64, seed=s) for s in (0, 0, 1)
+    ]
+    assert blends[0].hash == blends[1].hash
+    assert blends[0].rows == blends[1].rows
+    assert blends[0].hash != blends[2].hash
+    assert blends[0].sources[0]["hash"] == blends[2].sources[0]["hash"]
+    key = lambda row: row.input_ids  # noqa: E731
+    assert sorted(blends[0].rows, key=key) == sorted(blends[2].rows, key=key)
+
+
+def test_long_text_becomes_several_rows_and_loses_nothing(tokenizer, tmp_path):
+    path = corpus(tmp_path / "a.jsonl", ["abcdefghij" * 10])
+    blend = encode_corpora(tokenizer, [(path, "train", 1.0, None)], max_length=30, seed=0)
+    assert sorted(len(row.input_ids) for row in blend.rows) == [10, 30, 30, 30]
+    assert not any(row.truncated for row in blend.rows)
+
+
+def test_cut_and_short_rows_are_counted(tokenizer, tmp_path):
+    rows = [{"prompt": "q", "response": "a" * 200}, {"prompt": "q", "response": "a"}, {"text": "x"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    blend = encode_corpora(tokenizer, [(str(path), "train", 1.0, None)], max_length=100, seed=0)
+    assert len(blend.rows) == 2
+    assert any("1 of 2 rows cut off at 100 tokens" in note for note in blend.notes)
+    assert any("1 rows left out (fewer than two tokens)" in note for note in blend.notes)
+
+
+def test_rows_that_the_template_refuses_are_counted(tmp_path):
+    tokenizer = save_tiny_tokenizer(tmp_path)
+    tokenizer.chat_template = (
+        "{% if messages[0].role == 'system' %}{{ raise_exception('no system turn') }}{% endif %}"
+        + tokenizer.chat_template
+    )
+    rows = [{"prompt": "q", "response": "a", "system": "s"}, {"prompt": "q", "response": "a"}]
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    blend = encode_corpora(tokenizer, [(str(path), "train", 1.0, None)], max_length=100, seed=0)
+    assert len(blend.rows) == 1
+    assert any("1 rows left out" in note and "no system turn" in note for note in blend.notes)
+    path.write_text(json.dumps(rows[0]))
+    with pytest.raises(UserError, match=r"no usable rows.*no system turn"):
+        encode_corpora(tokenizer, [(str(path), "train", 1.0, None)], max_length=100, seed=0)

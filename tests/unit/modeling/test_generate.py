@@ -1,0 +1,185 @@
+"""Generation against transformers' own `generate`, one prompt at a time."""
+
+import random
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from regrow.errors import UserError
+from regrow.modeling.generate import encode_prompt, end_token_ids, generate_responses
+from regrow.modeling.row_cache import RowCache
+from tiny_models import VARIANTS, save_tiny_tokenizer, tiny_config, tiny_model
+
+END_IDS = [256, 65, 66, 67, 68, 69, 70]  # common enough for a random model to stop at
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return save_tiny_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def random_prompts(count, longest=60):
+    rng = random.Random(count)
+    return ["".join(rng.choice("abc def") for _ in range(rng.randint(2, longest))) for _ in range(count)]
+
+
+def one_by_one(model, tokenizer, prompt, max_new_tokens):
+    ends = end_token_ids(tokenizer, model)
+    ids = torch.tensor([encode_prompt(tokenizer, prompt, None)])
+    output = model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        eos_token_id=ends,
+        pad_token_id=0,
+    )
+    tokens = output[0, ids.shape[1] :].tolist()
+    return tokens[:-1] if tokens[-1] in ends else tokens
+
+
+@pytest.mark.parametrize("family", [*VARIANTS, "qwen3_5_text"])
+def test_greedy_text_equals_one_by_one_generation(family, tokenizer):
+    model = tiny_model(family)
+    model.generation_config.eos_token_id = END_IDS
+    prompts = random_prompts(7)
+    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=16, batch_size=3, progress=None)
+    expected = [one_by_one(model, tokenizer, prompt, 16) for prompt in prompts]
+    assert [response.token_ids for response in responses] == expected
+    assert len({tuple(tokens) for tokens in expected}) > 2  # the model says different things
+
+
+def test_sliding_window_with_rows_of_different_age(tokenizer):
+    """A window of 8 columns, so that a wrong distance between columns changes the text."""
+    config = tiny_config("mistral")
+    config.sliding_window = 8
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.generation_config.eos_token_id = END_IDS
+    prompts = random_prompts(8, longest=40)
+    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=24, batch_size=3, progress=None)
+    assert [r.token_ids for r in responses] == [one_by_one(model, tokenizer, p, 24) for p in prompts]
+
+
+def test_cache_grows_beyond_its_first_buffers(tokenizer, monkeypatch):
+    monkeypatch.setattr("regrow.modeling.row_cache._GROWTH_COLUMNS", 3)
+    model = tiny_model("qwen3")
+    model.generation_config.eos_token_id = END_IDS
+    prompts = [
+        *random_prompts(5, longest=6),
+        "a much longer prompt than the others, to make the buffers move " * 2,
+    ]
+    responses = generate_responses(
+        model, tokenizer, prompts[::-1], max_new_tokens=40, batch_size=2, progress=None
+    )
+    assert [r.token_ids for r in responses] == [one_by_one(model, tokenizer, p, 40) for p in prompts[::-1]]
+
+
+def test_finished_rows_leave_and_waiting_ones_enter(tokenizer, monkeypatch):
+    """Computed rows stay near the tokens written: nothing is spent on finished answers."""
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = END_IDS
+    computed = []
+    forward = type(model).forward
+
+    def counting(self, *args, **kwargs):
+        computed.append(kwargs["input_ids"].shape)
+        return forward(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), "forward", counting)
+    prompts = random_prompts(40)
+    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=40, batch_size=8, progress=None)
+    decoded = sum(shape[0] for shape in computed if shape[1] == 1)
+    first_tokens = len(prompts)
+    assert decoded == sum(response.num_tokens for response in responses) - first_tokens
+    steps = sum(shape[1] == 1 for shape in computed)
+    assert steps < 0.75 * (len(prompts) / 8) * 40  # fixed batches of 8 would take 200 steps
+
+
+def test_responses_say_how_they_ended(tokenizer):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = END_IDS
+    prompts = random_prompts(12)
+    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=15, batch_size=5, progress=None)
+    assert {response.finished for response in responses} == {True, False}
+    for response in responses:
+        assert response.num_tokens == len(response.token_ids) + response.finished
+        assert response.finished or response.num_tokens == 15
+        assert not set(response.token_ids) & set(END_IDS)
+        assert response.text == tokenizer.decode(response.token_ids, skip_special_tokens=True)
+
+
+def test_results_are_handed_over_as_they_finish(tokenizer):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = END_IDS
+    seen = {}
+    prompts = random_prompts(12)
+    responses = generate_responses(
+        model, tokenizer, prompts, max_new_tokens=15, batch_size=4, on_result=seen.__setitem__, progress=None
+    )
+    assert seen == dict(enumerate(responses))
+    assert list(seen) != list(range(12))  # in the order they finished
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.8])
+def test_sampling_does_not_depend_on_the_batch(tokenizer, top_p):
+    model = tiny_model("qwen3")
+    model.generation_config.eos_token_id = END_IDS
+    prompts = ["a", "a", *random_prompts(6)]
+    sample = {"max_new_tokens": 16, "do_sample": True, "temperature": 1.5, "top_p": top_p, "progress": None}
+    runs = [
+        generate_responses(model, tokenizer, prompts, batch_size=size, seed=seed, **sample)
+        for size, seed in ((8, 0), (3, 0), (1, 0), (8, 1))
+    ]
+    assert runs[0] == runs[1] == runs[2] != runs[3]
+    assert runs[0][0] != runs[0][1]  # the same prompt twice is answered twice
+
+
+def test_chat_template_and_thinking_reach_the_model(tokenizer):
+    conversation = [{"role": "user", "content": "hi"}]
+    for thinking, tail in ((None, ""), (True, "<think>\n"), (False, "<think>\n\n</think>\n\n")):
+        text = tokenizer.decode(encode_prompt(tokenizer, conversation, thinking))
+        assert text == "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n" + tail
+    model = tiny_model("llama")
+    options = {"max_new_tokens": 8, "batch_size": 2, "progress": None}
+    [answer] = generate_responses(model, tokenizer, [conversation], enable_thinking=False, **options)
+    [raw] = generate_responses(model, tokenizer, [text], **options)
+    assert answer == raw
+
+
+def test_every_end_token_counts(tokenizer):
+    model = tiny_model("llama")  # config: 256
+    model.generation_config.eos_token_id = [7, 8]
+    assert end_token_ids(tokenizer, model) == [
+        7,
+        8,
+        256,
+        258,
+    ]  # 258: the template's and tokenizer's <|im_end|>
+    assert end_token_ids(tokenizer) == [258]
+
+
+def test_the_models_mode_is_restored(tokenizer):
+    model = tiny_model("llama").train()
+    generate_responses(model, tokenizer, ["a"], max_new_tokens=2, batch_size=1, progress=None)
+    assert model.training
+    loss = model(input_ids=torch.tensor([[1, 2, 3]]), labels=torch.tensor([[1, 2, 3]])).loss
+    loss.backward()  # nothing was left behind in inference mode
+
+
+def test_nothing_to_do_too_long_and_empty(tokenizer):
+    model = tiny_model("llama")
+    options = {"max_new_tokens": 8, "batch_size": 2, "progress": None}
+    assert generate_responses(model, tokenizer, [], **options) == []
+    with pytest.raises(UserError, match=r"Prompt 1 has 505 tokens.*context of 512"):
+        generate_responses(model, tokenizer, ["a", "a" * 505], **options)
+    with pytest.raises(UserError, match="no tokens"):
+        generate_responses(model, tokenizer, [""], **options)
+
+
+def test_unknown_caches_are_refused():
+    from transformers import FalconH1Config
+
+    with pytest.raises(UserError, match="falcon_h1 keeps its context"):
+        RowCache(FalconH1Config(num_hidden_layers=2), 1)
