@@ -1,5 +1,6 @@
 """How tensors are spread over files: an exact number of balanced shards, or a maximum size."""
 
+import re
 from collections.abc import Mapping
 from itertools import accumulate
 
@@ -86,15 +87,17 @@ def _atom_starts(sizes: list[int], most: int) -> list[int]:
 def _by_size(sizes: Mapping[str, int], max_shard_size: int | str) -> dict[str, list[str]]:
     from huggingface_hub import split_state_dict_into_shards_factory
 
-    try:
-        split = split_state_dict_into_shards_factory(
-            dict(sizes),
-            get_storage_size=int,
-            filename_pattern="model{suffix}.safetensors",
-            max_shard_size=max_shard_size,
-        )
-    except (ValueError, OverflowError):
-        raise UserError(f"{max_shard_size!r} is no size; write it like 500MB or 5GB.") from None
-    if isinstance(max_shard_size, int) and max_shard_size <= 0:
-        raise UserError(f"A shard size of {max_shard_size} bytes is too small; write it like 500MB or 5GB.")
+    if isinstance(max_shard_size, str):
+        match = re.fullmatch(r"\s*\d{1,9}(?:\.\d{1,9})?\s*(?:TB|GB|MB|KB)\s*", max_shard_size, re.IGNORECASE)
+        sensible = match is not None and re.search(r"[1-9]", max_shard_size) is not None
+    else:
+        sensible = max_shard_size > 0
+    if not sensible:
+        raise UserError(f"{max_shard_size!r:.40} is no shard size; write it like 500MB or 5GB.")
+    split = split_state_dict_into_shards_factory(
+        dict(sizes),
+        get_storage_size=int,
+        filename_pattern="model{suffix}.safetensors",
+        max_shard_size=max_shard_size,
+    )
     return {file: list(names) for file, names in split.filename_to_tensors.items()}
