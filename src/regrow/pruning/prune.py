@@ -183,7 +183,7 @@ def choose_channels(
 def _criterion_for(
     site: MlpSite, criterion: Criterion, measured: Statistics | None, notes: list[str]
 ) -> Criterion:
-    """The criterion, or the nearest one that works where the multi-token-prediction layer lacks statistics."""
+    """The criterion, or the nearest one that works where multi-token prediction lacks statistics."""
     if site.kind != "mtp" or measured is None or not criterion.needs_statistics:
         return criterion
     if site.name not in measured.sites:
