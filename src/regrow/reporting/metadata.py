@@ -76,12 +76,18 @@ def eval_results(facts: Facts) -> list[EvalResult]:
                 split = one_line(section(facts.recipe, "held_out").get("split") or "train")
                 found.append(_result(dataset, f"{dataset} (held out)", key, label, measured, split))
     task = ifeval_name(facts)
-    dataset = "google/IFEval" if task == "IFEval" else "regrow-development-set"
+    dataset = _ifeval_dataset(facts, task)
     for key, label in IFEVAL_FIGURES:
         measured = estimate(student.ifeval, key)
         if measured:
             found.append(_result(dataset, task, _IFEVAL_METRICS[key], f"Accuracy, {label}", measured, None))
     return found
+
+
+def _ifeval_dataset(facts: Facts, task: str) -> str:
+    if task == "IFEval" or task.startswith("IFEval ("):
+        return "google/IFEval"
+    return public_name(section(section(facts.recipe, "evaluate"), "ifeval").get("prompts"))
 
 
 def _result(
