@@ -84,7 +84,7 @@ def format_ranges(channels: Sequence[int]) -> str:
 def _parse_ranges(text: str, most: int, path: str | Path, site: str) -> tuple[int, ...]:
     channels: list[int] = []
     for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,8})(?:-(\d{1,8}))?", part)
+        match = re.fullmatch(r"([0-9]{1,8})(?:-([0-9]{1,8}))?", part)
         if match is None:
             raise _damaged(path, f"the channels of {site!r:.80} are no ranges")
         first, last = int(match.group(1)), int(match.group(2) or match.group(1))

@@ -38,7 +38,7 @@ def test_one_heavy_tensor_does_not_unbalance_the_others():
     files = shard_files(sizes, shards=16)
     weights = sorted(sum(sizes[name] for name in chosen) for chosen in files.values())
     assert weights[-1] == 1_000
-    assert weights[-2] <= 1.2 * weights[0]
+    assert weights[-2] <= 1.25 * weights[0]
 
 
 def test_long_sequences_of_many_tensors_stay_balanced():
