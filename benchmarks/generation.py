@@ -91,10 +91,8 @@ def main() -> None:
             if name == "regrow":
                 responses = output
             texts[name] = [item.text if isinstance(item, Response) else item for item in output]
-            print(
-                f"repeat {repeat}: {name:8s} {seconds[name][-1]:7.1f} s, {cpu_seconds[name][-1]:7.1f} s of CPU",
-                flush=True,
-            )
+            wall, cpu = seconds[name][-1], cpu_seconds[name][-1]
+            print(f"repeat {repeat}: {name:8s} {wall:7.1f} s, {cpu:7.1f} s of CPU", flush=True)
 
     median = {name: statistics.median(values) for name, values in seconds.items()}
     ratios = [other / own for own, other in zip(seconds["regrow"], seconds["lm_eval"], strict=True)]

@@ -17,6 +17,7 @@ from torch import Tensor
 from regrow.data.templates import render_prompt, turn_end_ids
 from regrow.errors import RunError, UserError
 from regrow.modeling.hidden import causal_model
+from regrow.modeling.row_attention import row_attention
 from regrow.modeling.row_cache import RowCache
 from regrow.modeling.sampling import greedy_tokens, sample_tokens, uniform_stream
 from regrow.progress import Progress
@@ -116,9 +117,9 @@ def generate_responses(
             bar.advance(1)
 
     title = contextlib.nullcontext() if progress is None else Progress(progress, len(prompts), "answers")
-    with _evaluating(model), title as bar:
+    with _evaluating(model), row_attention(causal_model(model)) as grouped, title as bar:
         waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        decoder = _Decoder(model, min(batch_size, len(prompts)))
+        decoder = _Decoder(model, min(batch_size, len(prompts)), grouped)
         rows: list[_Row] = []
         while waiting or rows:
             room = batch_size - len(rows)
@@ -134,7 +135,7 @@ def generate_responses(
                 row.tokens.append(token)
             done = [row.tokens[-1] in end_ids or len(row.tokens) >= max_new_tokens for row in rows]
             if any(done):
-                kept = _survivors(done)
+                kept = [position for position, is_done in enumerate(done) if not is_done]
                 for row, is_done in zip(rows, done, strict=True):
                     if is_done:
                         finish(row)
@@ -176,8 +177,9 @@ def encode_prompt(tokenizer: Any, conversation: Conversation, enable_thinking: b
 class _Decoder:
     """The model with its cache: prompts in, logits of the next token out."""
 
-    def __init__(self, model: Any, max_rows: int) -> None:
+    def __init__(self, model: Any, max_rows: int, grouped: bool) -> None:
         self._model = model
+        self._grouped = grouped
         self._device = next(model.parameters()).device
         self._config = causal_model(model).config
         self._max_rows = max_rows
@@ -203,7 +205,8 @@ class _Decoder:
         """Append one token to every row; logits [rows, V] of the next."""
         self._cache.reserve()
         mask, positions = self._cache.next_inputs()
-        logits = self._forward(torch.tensor(tokens)[:, None], mask, positions, self._cache)
+        groups = {"row_groups": self._cache.row_groups()} if self._grouped else {}
+        logits = self._forward(torch.tensor(tokens)[:, None], mask, positions, self._cache, **groups)
         self._cache.advance()
         return logits
 
@@ -211,7 +214,9 @@ class _Decoder:
         """Drop every row that is not in the list (see `RowCache.keep`)."""
         self._cache.keep(rows)
 
-    def _forward(self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: RowCache) -> Tensor:
+    def _forward(
+        self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: RowCache, **options: Any
+    ) -> Tensor:
         output = self._model(
             input_ids=input_ids.to(self._device),
             attention_mask=mask.to(self._device, torch.long),
@@ -219,6 +224,7 @@ class _Decoder:
             use_cache=True,
             logits_to_keep=1,
             **{self._cache_name: cache},
+            **options,
         )
         return output.logits[:, -1]
 
@@ -230,13 +236,6 @@ def _next_group(waiting: list[int], prompts: list[list[int]], room: int) -> list
     while waiting and len(group) < room and width * (len(group) + 1) <= _PREFILL_TOKENS:
         group.append(waiting.pop())
     return group
-
-
-def _survivors(done: list[bool]) -> list[int]:
-    """Positions that stay, the last ones moved into the gaps, so that few rows are copied."""
-    count = done.count(False)
-    movers = iter([position for position in range(count, len(done)) if not done[position]])
-    return [next(movers) if done[position] else position for position in range(count)]
 
 
 def _check_lengths(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:

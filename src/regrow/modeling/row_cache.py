@@ -2,7 +2,7 @@
 
 transformers' DynamicCache concatenates the whole cache for every token (about half of a decoding step on a
 CPU) and can only drop rows by copying all the others. Here keys and values lie in buffers with room to grow:
-a step writes one column, a finished row is overwritten by the last one, new rows are written behind.
+a step writes one column, later rows close the gap of a finished one, new rows are written behind.
 """
 
 from typing import Any
@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Linea
 from regrow.errors import UserError
 
 _GROWTH_COLUMNS = 256
+_GROUP_ROWS = 8
 
 
 class _BufferLayer(CacheLayerMixin):
@@ -91,6 +92,12 @@ class RowCache(Cache):
         starts = torch.tensor(self.starts)[:, None]
         return torch.arange(self.begin, self.end + 1) >= starts, self.end - starts
 
+    def row_groups(self) -> list[tuple[int, int, int]]:
+        """(first row, last row + 1, first column in use) of groups of neighbouring rows."""
+        edges = range(0, self.num_rows, _GROUP_ROWS)
+        rows = [(first, min(first + _GROUP_ROWS, self.num_rows)) for first in edges]
+        return [(first, last, min(self.starts[first:last]) - self.begin) for first, last in rows]
+
     def advance(self) -> None:
         """Count the column that the forward pass has just written."""
         self.end += 1
@@ -134,7 +141,7 @@ class RowCache(Cache):
         self.begin = min(self.starts)
 
     def keep(self, rows: list[int]) -> None:
-        """Row i becomes what row `rows[i]` was; `rows[i] >= i`, and the rest is dropped."""
+        """Keep these rows (ascending positions), in their order: old rows first, the newest last."""
         for layer in self._buffers():
             for target, source in enumerate(rows):
                 if target != source:

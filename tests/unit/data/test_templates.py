@@ -11,7 +11,8 @@ from tiny_models import save_tiny_tokenizer
 # history carries none, and contents are trimmed.
 THINKING = (
     "{%- set ns = namespace(last=-1) %}"
-    "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}"
+    "{%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}"
+    "{%- endfor %}"
     "{%- for m in messages %}{%- set c = m.content|trim %}"
     "{%- if m.role == 'assistant' and loop.index0 > ns.last %}"
     "{{- '<|im_start|>assistant\\n<think>\\n' + (m.reasoning_content or '') + '\\n</think>\\n\\n' + c }}"
