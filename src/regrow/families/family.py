@@ -88,10 +88,13 @@ class Family:
         # transformers reads the tie of a nested model from the outer config.
         if config.get("tie_word_embeddings") is not None:
             settings["tie_word_embeddings"] = config["tie_word_embeddings"]
-        for key in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"):
+        sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
+        for key in (*sizes, *(key for key, value in self.defaults.items() if type(value) is int)):
             _require_size(settings, key)
         settings.setdefault("num_key_value_heads", settings["num_attention_heads"])
         settings.setdefault("head_dim", settings["hidden_size"] // settings["num_attention_heads"])
+        for key in ("num_key_value_heads", "head_dim"):
+            _require_size(settings, key)
         for spec in self.mlps:
             if settings.get(spec.width_key) is not None:
                 _require_size(settings, spec.width_key)

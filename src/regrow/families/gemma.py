@@ -35,7 +35,7 @@ def vision(config: Mapping[str, Any]) -> Shapes:
     """The SigLIP tower and the projector of Gemma 3."""
     given, text = config.get("vision_config"), config.get("text_config")
     if not isinstance(given, Mapping) or not isinstance(text, Mapping):
-        return {}
+        raise UserError("config.json has no vision_config or text_config; fetch the file again.")
     v = {**_VISION_DEFAULTS, **given}
     sizes = [v[key] for key in _VISION_DEFAULTS]
     if not all(type(size) is int and 0 < size < 1 << 24 for size in sizes) or v["num_hidden_layers"] > 1_000:

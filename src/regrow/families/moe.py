@@ -4,6 +4,7 @@
 width of its own. Every expert keeps its own channels, all of them the same number.
 """
 
+from regrow.errors import UserError
 from regrow.families import qwen3_5
 from regrow.families.dense import MLP
 from regrow.families.family import Family, MlpSpec, Settings, Shapes
@@ -34,9 +35,10 @@ _MIXTRAL = (
 
 
 def _is_sparse(c: Settings, layer: int) -> bool:
-    step = c.get("decoder_sparse_step", 1)
-    sparse = type(step) is int and step > 0 and (layer + 1) % step == 0
-    return bool(c["num_experts"]) and sparse and layer not in (c.get("mlp_only_layers") or [])
+    step, dense = c.get("decoder_sparse_step", 1), c.get("mlp_only_layers", [])
+    if type(step) is not int or step < 1 or not isinstance(dense, list):
+        raise UserError("config.json: decoder_sparse_step or mlp_only_layers makes no sense; mend it.")
+    return (layer + 1) % step == 0 and layer not in dense
 
 
 def _routed(c: Settings, *, shared: bool) -> Shapes:

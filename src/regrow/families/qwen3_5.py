@@ -94,7 +94,7 @@ def vision(config: Mapping[str, Any]) -> Shapes:
     """The vision tower; its fc1/fc2 MLPs have a width of their own, which pruning never touches."""
     v = config.get("vision_config")
     if not isinstance(v, Mapping):
-        return {}
+        raise UserError("config.json has no vision_config; fetch the file again.")
     try:
         d, f, merge, out = (
             v["hidden_size"],

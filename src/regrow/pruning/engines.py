@@ -8,13 +8,13 @@ multi-token-prediction (MTP) layer; an MTP head that is declared and missing sto
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from regrow.families import Family
+from regrow.families import Family, Faults
 
 Verdict = dict[str, Any]
 
 
 def engine_support(
-    family: Family, config: Mapping[str, Any], problems: Sequence[str], facts: Mapping[str, Any]
+    family: Family, config: Mapping[str, Any], problems: Sequence[str], faults: Faults
 ) -> dict[str, Verdict]:
     """Engine -> `{"ok", "why"}`.
 
@@ -22,12 +22,10 @@ def engine_support(
         family: the checkpoint's family.
         config: its config.json.
         problems: what is wrong with its files, names and shapes.
-        facts: `main_ok` (all tensors but MTP are there and fit), `mtp_declared`, `has_mtp`, `mtp_ok`,
-            `extra` (tensors that nothing foresees), `foreign_prefix` (a text-only model with the names of
-            one with vision).
+        faults: how its tensors depart from its config.
     """
     first = problems[0] if problems else ""
-    whole = bool(facts["main_ok"]) and not facts["extra"]
+    whole = faults.main_ok and not faults.extra
     if not whole:
         reason = _no(first or "names or shapes do not fit the config")
         return dict.fromkeys(("transformers", "vllm", "vllm_speculative", "sglang", "llama_cpp"), reason)
@@ -35,22 +33,22 @@ def engine_support(
     trunk = _yes(f"every tensor of {architecture} is there at the width that config.json gives")
     mtp_fault = (
         "config.json declares a multi-token-prediction head whose tensors are missing or do not fit"
-        if facts["mtp_declared"]
+        if faults.mtp_declared
         else "multi-token-prediction tensors are there that config.json does not declare"
     )
     if family.mtp_key is None:
         speculative = _no("the model has no multi-token-prediction head; a draft model or n-grams work")
-    elif not facts["mtp_ok"]:
+    elif not faults.mtp_ok:
         speculative = _no(mtp_fault)
-    elif facts["has_mtp"]:
+    elif faults.mtp_declared:
         speculative = _yes("the multi-token-prediction head has the trunk's width")
     else:
         speculative = _no("the multi-token-prediction head was dropped, and config.json says so")
     llama_cpp = _yes("the converter finds every tensor; see alignment for quantised types")
-    if not facts["mtp_ok"]:
+    if not faults.mtp_ok:
         llama_cpp = _no(f"conversion fails: {mtp_fault}")
     others = trunk
-    if facts["foreign_prefix"]:
+    if family.text_key is None and "language_model" in faults.prefix:
         others = _no("its names lie under model.language_model., which a text-only model does not use")
         speculative = llama_cpp = others
     return {

@@ -17,7 +17,7 @@ from regrow.checkpoint.overlay import replaced_tensor
 from regrow.checkpoint.reader import CheckpointReader
 from regrow.checkpoint.writer import OutputTensor, whole_tensor, write_checkpoint
 from regrow.errors import UserError
-from regrow.families import find_family, mlp_sites, pruned_config
+from regrow.families import find_family, mlp_sites, pruned_config, require_whole
 from regrow.pruning.cut import cut_shape, cut_tensor, plan_cuts
 from regrow.types import MlpSite, PruningPlan
 
@@ -50,14 +50,18 @@ def rewrite_checkpoint(
         seconds, notes`.
 
     Raises:
-        UserError: the plan is not for this checkpoint, or the output folder is taken.
+        UserError: the checkpoint is incomplete or contradicts its config, the plan is not for it, or the
+            output folder is taken.
         RunError: full disk, or refitted values that are not finite.
     """
     start = time.monotonic()
     reader = parent if isinstance(parent, CheckpointReader) else CheckpointReader(parent)
     family = find_family(reader.config)
+    faults = require_whole(reader.config, reader.tensors)
     sites = mlp_sites(reader.config, reader.tensors)
     notes: list[str] = []
+    if unforeseen := faults.extra + faults.harmless:
+        notes.append(f"Carried along although the config does not foresee it: {', '.join(unforeseen[:5])}.")
     has_mtp = any(family.is_mtp(name) for name in reader.tensors)
     if family.num_mtp_layers(reader.config) and not has_mtp:
         mtp = "drop"

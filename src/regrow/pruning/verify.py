@@ -3,7 +3,6 @@
 Works on checkpoints that other tools made. Everything is read in pieces; memory does not grow with the model.
 """
 
-import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,12 @@ from regrow.checkpoint.reader import INDEX_NAME, CheckpointReader, read_config_o
 from regrow.errors import UserError
 from regrow.families import (
     Family,
-    expected_tensors,
+    Faults,
+    canonical_name,
     find_family,
-    head_name,
+    find_faults,
     mlp_sites,
     site_tensors,
-    text_prefix,
     width_key,
 )
 from regrow.progress import Progress
@@ -29,7 +28,6 @@ from regrow.types import MlpSite
 
 # Keys whose value may differ between two releases of one model without changing what it computes.
 _HARMLESS_KEYS = {"transformers_version", "torch_dtype", "dtype", "use_cache", "_name_or_path"}
-_STALE_BUFFERS = re.compile(r"rotary_emb\.inv_freq$|\.position_ids$|masked_bias$")
 
 
 def verify_checkpoint(
@@ -58,16 +56,16 @@ def verify_checkpoint(
     try:
         reader = CheckpointReader(folder)
         family = find_family(config)
-        problems, facts = _check_layout(family, reader)
-        problems += _index_problems(reader)
-        sites = _find_sites(reader, problems, facts["mtp_ok"])
+        faults = find_faults(config, reader.tensors)
+        problems = _layout_problems(family, faults) + _index_problems(reader)
+        sites = _find_sites(reader, problems, faults.mtp_ok)
     except UserError as error:
         return _refused(str(error))
     structural = list(problems)
-    notes: list[str] = facts["notes"]
+    notes = [f"{name} is there although nothing needs it; loaders ignore it." for name in faults.harmless[:1]]
     comparison = Comparison()
     if parent is not None and sites:
-        _compare(reader, sites, parent, trained, facts["mtp_ok"], comparison, notes)
+        _compare(reader, sites, parent, trained, faults.mtp_ok, comparison, notes)
         problems += comparison.problems
     with Progress("verify: values", len(reader.tensors), "tensors") as progress:
         broken = []
@@ -80,7 +78,7 @@ def verify_checkpoint(
     result: dict[str, Any] = {
         "ok": not problems,
         "problems": problems,
-        "engines": engine_support(family, config, structural, facts),
+        "engines": engine_support(family, config, structural, faults),
         "alignment": format_costs(main.width) if main else {},
         "notes": notes + (alignment_notes(main.width) if main else []),
         "family": family.name,
@@ -116,53 +114,23 @@ def _find_sites(reader: CheckpointReader, problems: list[str], mtp_ok: bool) -> 
         return []
 
 
-def _check_layout(family: Family, reader: CheckpointReader) -> tuple[list[str], dict[str, Any]]:
-    """Names and shapes against the config."""
-    prefix = text_prefix(family, reader.tensors)
-    expected = expected_tensors(reader.config, prefix=prefix)
-    found = _stack_shapes(reader, family)
-    canonical = {_canonical(name): name for name in found}
-    wanted = {_canonical(name): (name, shape) for name, shape in expected.items()}
-    head, tied = head_name(family, prefix), bool(family.settings(reader.config).get("tie_word_embeddings"))
-    notes: list[str] = []
-    missing: list[str] = []
-    wrong: list[str] = []
-    mtp_missing: list[str] = []
-    for key, (name, shape) in wanted.items():
-        if key not in canonical:
-            (mtp_missing if family.is_mtp(name) else missing).append(name)
-        elif found[canonical[key]] != shape:
-            wrong.append(f"{name} {list(found[canonical[key]])} instead of {list(shape)}")
-    extra = [name for key, name in canonical.items() if key not in wanted]
-    stale = [name for name in extra if _STALE_BUFFERS.search(name)]
-    if tied and head in extra:
-        stale.append(head)
-        notes.append(f"{head} is stored although the embeddings are tied; loaders ignore it.")
-    extra_mtp = [name for name in extra if family.is_mtp(name)]
-    extra = [name for name in extra if name not in stale and name not in extra_mtp]
-    problems = _list("is missing", missing) + _list("is not foreseen by config.json", extra)
-    problems += _list("", wrong, "has a shape that config.json does not foresee: ")
-    declared = family.num_mtp_layers(reader.config)
-    if mtp_missing:
+def _layout_problems(family: Family, faults: Faults) -> list[str]:
+    """Names, shapes and dtypes against the config, as sentences."""
+    problems = _list("is missing", faults.missing) + _list("is not foreseen by config.json", faults.extra)
+    misshapen = faults.misshapen + faults.mtp_misshapen
+    problems += _list("", misshapen, "has a shape that config.json does not foresee: ")
+    problems += _list("is stored as integers or float8: the checkpoint is quantised", faults.not_float)
+    if faults.mtp_missing:
         problems.append(
-            f"config.json declares {declared} multi-token-prediction layer(s) ({family.mtp_key}), but "
-            f"{len(mtp_missing)} of their tensors are missing."
+            f"config.json declares {faults.mtp_declared} multi-token-prediction layer(s) ({family.mtp_key}), "
+            f"but {len(faults.mtp_missing)} of their tensors are missing."
         )
-    if extra_mtp:
+    if faults.mtp_extra:
         problems.append(
-            f"The checkpoint holds {len(extra_mtp)} multi-token-prediction tensors that config.json does not "
-            f"declare ({family.mtp_key})."
+            f"The checkpoint holds {len(faults.mtp_extra)} multi-token-prediction tensors that config.json "
+            f"does not declare ({family.mtp_key})."
         )
-    return problems, {
-        "notes": notes,
-        "prefix": prefix,
-        "has_mtp": declared > 0 and not mtp_missing,
-        "mtp_declared": declared > 0,
-        "mtp_ok": not mtp_missing and not extra_mtp and not any(family.is_mtp(text) for text in wrong),
-        "main_ok": not missing and not [w for w in wrong if not family.is_mtp(w)],
-        "extra": bool(extra),
-        "foreign_prefix": family.text_key is None and "language_model" in prefix,
-    }
+    return problems
 
 
 def _compare(
@@ -178,8 +146,8 @@ def _compare(
     parent_sites = {site.name: site for site in mlp_sites(parent.config, parent.tensors)}
     in_sites = {ref.name for site in sites for ref in site_tensors(site)}
     in_parent_sites = {ref.name for site in parent_sites.values() for ref in site_tensors(site)}
-    theirs = {_canonical(name): name for name in parent.tensors if name not in in_parent_sites}
-    mine = {_canonical(name): name for name in reader.tensors if name not in in_sites}
+    theirs = {canonical_name(name): name for name in parent.tensors if name not in in_parent_sites}
+    mine = {canonical_name(name): name for name in reader.tensors if name not in in_sites}
     if not mtp_ok:  # that head was found at fault already; say nothing twice
         parent_sites = {
             n: site for n, site in parent_sites.items() if not parent_family.is_mtp(site.down.name)
@@ -241,33 +209,6 @@ def _index_problems(reader: CheckpointReader) -> list[str]:
     return (
         [] if total == actual else [f"{INDEX_NAME} gives total_size {total} and the tensors have {actual}."]
     )
-
-
-def _stack_shapes(reader: CheckpointReader, family: Family) -> dict[str, tuple[int, ...]]:
-    """Shapes by name, with experts that are stored one by one put together as the specs describe them."""
-    shapes = {name: tensor.shape for name, tensor in reader.tensors.items()}
-    for spec in family.mlps:
-        if spec.kind != "expert":
-            continue
-        pattern = re.compile(rf"(.*\.{re.escape(spec.path)})\.(\d+)\.({'|'.join(spec.names)})\.weight$")
-        stacks: dict[tuple[str, str], list[tuple[int, ...]]] = {}
-        for name in list(shapes):
-            if match := pattern.match(name):
-                stacks.setdefault((match.group(1), match.group(3)), []).append(shapes.pop(name))
-        gate, _, down = spec.names
-        for (base, part), members in stacks.items():
-            if part in (gate, down) and len(set(members)) == 1:
-                rows, columns = members[0]
-                stack = (len(members), 2 * rows if part == gate else rows, columns)
-                shapes[f"{base}.{'gate_up_proj' if part == gate else 'down_proj'}"] = stack
-    return shapes
-
-
-def _canonical(name: str) -> str:
-    """One name for what releases of different age call differently."""
-    name = name.replace("vision_tower.vision_model.", "vision_tower.")
-    name = name.replace("model.language_model.", "language_model.model.")
-    return re.sub(r"^(?:model\.)?(vision_tower|multi_modal_projector)\.", r"\1.", name)
 
 
 def _same_file(a: Path, b: Path, name: str) -> bool:
