@@ -69,7 +69,7 @@ def corpus_health(rows: Iterable[Row]) -> dict[str, Any]:
     if violating is not None and 1 - violating > _MOST:
         problems.append(
             f"{1 - violating:.0%} of the answers to prompts with constraints violate one; "
-            "raise attempts, or let violations be dropped."
+            "raise attempts, or leave more of them out (violations)."
         )
     if _above(statistics["refusal_share"], _REFUSALS_TOLERATED):
         problems.append(

@@ -7,14 +7,19 @@ from regrow.synthesis.decontaminate import drop_repeats, near_duplicates
 from regrow.synthesis.prompts import normalise
 
 Row = dict[str, Any]
+CutOff = Literal["keep", "drop"]
+Violations = Literal["keep", "balance", "drop"]
 _REPEATED_ANSWER_WORDS = 8  # shorter answers ("Canberra.") may rightly occur twice
 
 
 def select_rows(
-    rows: Sequence[Row], *, cut_off: Literal["keep", "drop"], violations: Literal["keep", "drop"]
+    rows: Sequence[Row], *, cut_off: CutOff, violations: Violations
 ) -> tuple[list[Row], dict[str, int]]:
     """The rows to keep, in order, and how many were left out for which reason.
 
+    `violations="balance"` keeps, per split, no more answers that miss a constraint than answers that meet
+    all: those that meet most come first. A weak teacher misses most, and where it stands then is where its
+    student will stand too, so they are worth learning from, but should not set the tone.
     Held-out rows come first when repeats are removed, and a training row any of whose user turns equals or
     nearly equals a held-out one goes, so that nothing held out is trained on.
     """
@@ -31,6 +36,8 @@ def select_rows(
         leave_out("cut_off", [not row["meta"]["finished"] for row in kept])
     if violations == "drop":
         leave_out("violating", [not all(row["meta"].get("follow_strict", [])) for row in kept])
+    if violations == "balance":
+        leave_out("violating", _beyond_balance(kept))
     kept.sort(key=lambda row: row["meta"]["split"] == "train")  # stable: held-out rows first
     kept, counts["repeated_prompts"] = drop_repeats(kept, _prompt_key)
     kept, counts["repeated_answers"] = drop_repeats(kept, _answer_key)
@@ -41,6 +48,22 @@ def select_rows(
     close = {turns[i][0] for i, _ in near_duplicates([turn for _, turn in turns], held_out)}
     leave_out("near_held_out", [i in close for i in range(len(kept))])
     return kept, counts
+
+
+def _beyond_balance(rows: Sequence[Row]) -> list[bool]:
+    """Which rows to leave out so that in each split at most half of the checked rows miss a constraint."""
+    beyond = [False] * len(rows)
+    for split in ("train", "held_out"):
+        checked = {
+            i: row["meta"]["follow_strict"]
+            for i, row in enumerate(rows)
+            if row["meta"]["split"] == split and row["meta"].get("follow_strict")
+        }
+        violating = [i for i, verdicts in checked.items() if not all(verdicts)]
+        violating.sort(key=lambda i: -sum(checked[i]) / len(checked[i]))  # stable: else in the rows' order
+        for i in violating[len(checked) - len(violating) :]:
+            beyond[i] = True
+    return beyond
 
 
 def user_turns(row: Row) -> list[str]:

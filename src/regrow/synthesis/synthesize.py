@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from regrow.checkpoint.reader import CheckpointReader
 from regrow.data.constraints import require_checkers
@@ -18,7 +18,7 @@ from regrow.synthesis.blocks import Row, open_work, require_same, run_blocks
 from regrow.synthesis.decontaminate import decontaminate, decontaminate_ifeval
 from regrow.synthesis.health import corpus_health, corpus_statistics
 from regrow.synthesis.prompts import Prompt, generate_prompts, make_prompt
-from regrow.synthesis.selection import select_rows
+from regrow.synthesis.selection import CutOff, Violations, select_rows
 from regrow.synthesis.sources import hold_out, read_prompts, self_prompts
 from regrow.synthesis.teacher import Teacher
 
@@ -46,8 +46,8 @@ def synthesize(
     temperature: float = 0.7,
     top_p: float = 0.95,
     attempts: int = 1,
-    cut_off: Literal["keep", "drop"] = "drop",
-    violations: Literal["keep", "drop"] = "keep",
+    cut_off: CutOff = "drop",
+    violations: Violations = "balance",
     enable_thinking: bool | None = None,
     device: str = "auto",
     dtype: str = "bfloat16",
@@ -74,7 +74,8 @@ def synthesize(
         temperature, top_p: sampling of answers; 0 is greedy. Prompts with constraints are answered greedily
             first in any case.
         attempts: tries at a prompt with constraints, all but the first sampled; the best one stays.
-        cut_off, violations: what happens to answers that hit the limit or miss a constraint.
+        cut_off, violations: what happens to answers that hit the limit or miss a constraint (see
+            `select_rows`).
         enable_thinking: passed to the chat template: the mode in which the model will be used.
         device, dtype, trust_remote_code: see `load_model`.
 
