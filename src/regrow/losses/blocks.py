@@ -10,10 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regrow.losses.divergences import DIVERGENCES, Block
-from regrow.losses.logits import LinearHead, Products, largest_entries, refine_largest
+from regrow.losses.divergences import DIVERGENCES, Block, row_dot
+from regrow.losses.logits import LinearHead, Products, largest_entries, recompute
+from regrow.losses.scratch import Scratch
 
-_CACHE_BLOCK_BYTES = 6 * 2**20
+_CACHE_BLOCK_BYTES = 2 * 2**20
+_NUM_LARGEST = 16  # logits of the teacher that are refined
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,7 @@ class Rows:
     """Per-token results of a block, and the gradient with respect to W h + bias over scale / temperature."""
 
     figures: dict[str, Tensor]
-    gradient_NV: Tensor | None
+    gradient: Tensor | None
 
 
 def row_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterator[slice]:
@@ -57,37 +59,30 @@ def row_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterat
 
 
 class BlockWorker:
-    """Owns the three fp32 buffers of a block and computes with them."""
+    """Computes a block's results in three fp32 buffers of its own."""
 
-    def __init__(self, student: LinearHead, teacher: LinearHead, options: BlockOptions) -> None:
-        self._student, self._teacher, self._options = student, teacher, options
-        self._buffers: tuple[Tensor, ...] = ()
+    def __init__(
+        self, student: LinearHead, teacher: LinearHead, options: BlockOptions, scratch: Scratch
+    ) -> None:
+        self._student, self._teacher, self._options, self._scratch = student, teacher, options, scratch
 
     def run(self, products: Products, rows: slice, teacher_ND: Tensor, labels_N: Tensor | None) -> Rows:
         """Results for `rows` of the products; `teacher_ND` and `labels_N` are the whole chunk's."""
         options, student = self._options, self._student
-        teacher_NV, student_NV, difference_NV = self._logits(products, rows, teacher_ND)
+        teacher_NV, student_NV, difference_NV, top_NK = self._logits(products, rows, teacher_ND)
         figures: dict[str, Tensor] = {}
         if options.agreement:
-            figures["top1_agreement"], figures["top5_agreement"] = agreement(student_NV, teacher_NV)
+            figures["top1_agreement"], figures["top5_agreement"] = agreement(student_NV, teacher_NV, top_NK)
         kept_NV = student_NV.clone() if options.need_grad and student.softcap is not None else None
         label_grad_NV = None
         if labels_N is not None:
             label_grad_NV = self._labels(student_NV, teacher_NV, labels_N[rows], figures)
 
-        top_student_N, top_teacher_N = student_NV.amax(-1), teacher_NV.amax(-1)
-        block = Block(
-            teacher_NV=torch.softmax(teacher_NV, -1, out=teacher_NV),
-            student_NV=torch.softmax(student_NV, -1, out=student_NV),
-            difference_NV=difference_NV,
-            shift_N=top_student_N - top_teacher_N,
-        )
-        # A softmax's largest entry is exp(0) over its sum, so that the sums' ratio comes without another pass.
-        block.shift_N += torch.log(teacher_NV.amax(-1) / student_NV.amax(-1))
+        block = _normalise(teacher_NV, student_NV, difference_NV, top_NK)
         if options.entropies:
             figures |= {"entropy_student": entropy(student_NV), "entropy_teacher": entropy(teacher_NV)}
         if options.agreement and options.divergence != "forward_kl":
-            figures["kl"] = block.forward_kl()
+            figures["kl"] = block.shift - row_dot(teacher_NV, difference_NV)
         gradient_NV = None
         if options.divergence is not None:
             divergence = DIVERGENCES[options.divergence]
@@ -101,24 +96,32 @@ class BlockWorker:
                 student.backward_softcap(gradient_NV, kept_NV, options.temperature)
         return Rows(figures, gradient_NV)
 
-    def _logits(self, products: Products, rows: slice, teacher_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """fp32 logits over temperature of teacher and student, and student minus teacher."""
+    def _logits(
+        self, products: Products, rows: slice, teacher_ND: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """fp32 logits of teacher and student, student minus teacher, and the teacher's largest columns."""
         student, teacher, temperature = self._student, self._teacher, self._options.temperature
-        teacher_NV, student_NV, difference_NV = self._scratch(products.teacher[0][rows])
+        shape = products.teacher[0][rows].shape
+        teacher_NV, student_NV, difference_NV = (
+            self._scratch.take(name, shape, torch.float32) for name in ("p", "q", "difference")
+        )
         _sum_into(teacher_NV, products.teacher, rows, difference_NV)
+        top_NK = largest_entries(teacher_NV, _NUM_LARGEST)
         if products.refine:
-            refine_largest(teacher_NV, teacher_ND[rows], teacher.weight_VD)
+            recompute(teacher_NV, top_NK, teacher_ND[rows], teacher.weight)
         if not products.is_difference:
             _sum_into(student_NV, products.student, rows, difference_NV)
         else:
             _sum_into(difference_NV, products.student, rows, student_NV)
             torch.add(teacher_NV, difference_NV, out=student_NV)
             if _is_unchanged(student, temperature) and _is_unchanged(teacher, temperature):
-                return teacher_NV, student_NV, difference_NV
+                return teacher_NV, student_NV, difference_NV, top_NK
         student.finish(student_NV, temperature)
         teacher.finish(teacher_NV, temperature)
         torch.sub(student_NV, teacher_NV, out=difference_NV)
-        return teacher_NV, student_NV, difference_NV
+        if teacher.bias is not None or teacher.scale < 0:  # nothing else moves the order
+            top_NK = largest_entries(teacher_NV, _NUM_LARGEST)
+        return teacher_NV, student_NV, difference_NV, top_NK
 
     def _labels(
         self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, figures: dict[str, Tensor]
@@ -142,17 +145,10 @@ class BlockWorker:
         gradient_NV = torch.softmax(student_NV * options.temperature, -1).mul_(slope_N1)
         return gradient_NV.scatter_add_(1, index_N1, -slope_N1.to(gradient_NV.dtype))
 
-    def _scratch(self, like_NV: Tensor) -> tuple[Tensor, ...]:
-        """Three fp32 buffers of the block's shape, kept from block to block."""
-        num_rows = like_NV.shape[0]
-        if not self._buffers or self._buffers[0].shape[0] < num_rows:
-            self._buffers = tuple(torch.empty_like(like_NV, dtype=torch.float32) for _ in range(3))
-        return tuple(buffer[:num_rows] for buffer in self._buffers)
 
-
-def agreement(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+def agreement(student_NV: Tensor, teacher_NV: Tensor, top_NK: Tensor) -> tuple[Tensor, Tensor]:
     """Per token: are the argmaxes equal; is the teacher's argmax among the student's five largest logits."""
-    teacher_best_N = _best(teacher_NV, largest_entries(teacher_NV, 5))
+    teacher_best_N = _best(teacher_NV, top_NK)
     five_N5 = largest_entries(student_NV, 5)
     return _best(student_NV, five_N5) == teacher_best_N, (five_N5 == teacher_best_N[:, None]).any(1)
 
@@ -160,6 +156,19 @@ def agreement(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
 def entropy(probabilities_NV: Tensor) -> Tensor:
     """Entropy of each row, in nats."""
     return torch.special.entr(probabilities_NV).sum(-1)
+
+
+def _normalise(teacher_NV: Tensor, student_NV: Tensor, difference_NV: Tensor, top_NK: Tensor) -> Block:
+    """Turn logits into probabilities, in place.
+
+    The largest probability of a softmax is exp(0) over its partition function, so that both partition
+    functions' ratio comes from the largest logits and probabilities. The teacher's are among `top_NK`.
+    """
+    shift_N = student_NV.amax(-1) - teacher_NV.gather(1, top_NK).amax(-1)
+    torch.softmax(teacher_NV, -1, out=teacher_NV)
+    torch.softmax(student_NV, -1, out=student_NV)
+    shift_N += torch.log(teacher_NV.gather(1, top_NK).amax(-1) / student_NV.amax(-1))
+    return Block(teacher_NV, student_NV, difference_NV, shift_N)
 
 
 def _best(values_NV: Tensor, candidates_NK: Tensor) -> Tensor:
@@ -176,4 +185,4 @@ def _sum_into(out_NV: Tensor, terms: tuple[Tensor, ...], rows: slice, scratch_NV
 
 
 def _is_unchanged(head: LinearHead, temperature: float) -> bool:
-    return head.bias_V is None and head.softcap is None and head.slope(temperature) == 1.0
+    return head.bias is None and head.softcap is None and head.slope(temperature) == 1.0

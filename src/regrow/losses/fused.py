@@ -14,8 +14,9 @@ from torch import Tensor
 from regrow.losses.blocks import BlockOptions, BlockWorker, row_blocks
 from regrow.losses.divergences import DIVERGENCES
 from regrow.losses.logits import LinearHead, gradient_dtype, multiply, multiply_back, same_tensor
+from regrow.losses.scratch import Scratch
 
-_CPU_CHUNK_BYTES = 64 * 2**20
+_CPU_LEAST_BYTES, _CPU_MOST_BYTES = 16 * 2**20, 128 * 2**20
 _GPU_CHUNK_BYTES = 256 * 2**20
 PRECISIONS = ("auto", "exact", "bf16_products")
 
@@ -80,11 +81,12 @@ def fused_linear_divergence(
     temperature 1. Nothing flows to the teacher, even where its head is the student's own tensor. A NaN in a
     token of non-zero weight makes the loss NaN.
 
-    Precision matters for bf16 heads on a CPU, whose products torch rounds to bf16 (elsewhere products are fp32
-    and `exact` and `bf16_products` agree). `"exact"` recovers the rounded part with more products: 4 in all
-    with a shared head, 5 with two heads. `"bf16_products"` does not: 3 in all. With a shared head it still
-    errs by less than one percent in value and gradient down to a KL of 1e-4 (see `losses/logits.py`); with two
-    heads the rounding adds about 1e-3 nats. `"auto"` is `bf16_products` for a shared head, else `exact`.
+    Precision matters for bf16 heads on a CPU, whose products torch rounds to bf16 (elsewhere products are
+    fp32, and `exact` and `bf16_products` agree). `"exact"` recovers the rounded part with more products: 4
+    in all with a shared head, 5 with two heads. `"bf16_products"` does not: 3 in all. With a shared head it
+    still errs by less than one percent in value and gradient down to a KL of 1e-4 (see `losses/logits.py`);
+    with two heads the rounding adds about 1e-3 nats. `"auto"` is `bf16_products` for a shared head, else
+    `exact`.
 
     Args:
         student_hidden_TD: final hidden states of the student, [T, D].
@@ -164,17 +166,18 @@ def fused_linear_divergence(
 
 
 def default_chunk_tokens(head_VD: Tensor, num_tokens: int) -> int:
-    """Tokens per chunk such that one [N, V] buffer fits a budget; chunks of about equal size.
+    """Tokens per chunk, in chunks of about equal size.
 
-    The budget is fixed on a CPU, so that results repeat; on a GPU it is at most a sixteenth of what is free.
+    On a CPU 256, where products run at full speed, unless a [N, V] buffer passes 128 MB; more at small
+    vocabularies. Fixed, so that results repeat. On a GPU one fp32 buffer takes at most a sixteenth of what is
+    free.
     """
+    row_bytes = max(1, head_VD.shape[0]) * (4 if head_VD.is_cuda else gradient_dtype(head_VD).itemsize)
     if head_VD.is_cuda:
-        free = torch.cuda.mem_get_info(head_VD.device)[0]
-        budget, item_bytes = min(_GPU_CHUNK_BYTES, free // 16), 4
+        most = min(_GPU_CHUNK_BYTES, torch.cuda.mem_get_info(head_VD.device)[0] // 16) // row_bytes
     else:
-        budget, item_bytes = _CPU_CHUNK_BYTES, gradient_dtype(head_VD).itemsize
-    most = max(1, budget // (item_bytes * max(1, head_VD.shape[0])))
-    num_chunks = -(-num_tokens // most)
+        most = max(min(256, _CPU_MOST_BYTES // row_bytes), _CPU_LEAST_BYTES // row_bytes)
+    num_chunks = -(-num_tokens // max(1, most))
     return max(1, -(-num_tokens // max(1, num_chunks)))
 
 
@@ -219,33 +222,43 @@ def _run(
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """Loss, sums of figures, and the wanted gradients of hidden states, head and bias."""
     student, teacher, options = settings.student, settings.teacher, settings.options
-    weight_VD = student.weight_VD
+    weight_VD = student.weight
     hidden_grad = torch.empty_like(student_TD) if wanted[0] else None
     head_grad = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted[1] else None
     bias_grad = torch.zeros(weight_VD.shape[0], device=weight_VD.device) if wanted[2] else None
     loss = torch.zeros((), dtype=torch.float64, device=student_TD.device)
     sums = torch.zeros(6, dtype=torch.float64, device=student_TD.device)
-    worker = BlockWorker(student, teacher, options)
+    scratch = Scratch(weight_VD.device)
+    worker = BlockWorker(student, teacher, options, scratch)
     for begin in range(0, student_TD.shape[0], settings.chunk_tokens):
         chunk = slice(begin, begin + settings.chunk_tokens)
         student_ND, teacher_ND, weights_N = student_TD[chunk], teacher_TD[chunk], weights_T[chunk]
         labels_N = None if labels_T is None else labels_T[chunk]
         products = multiply(
-            student_ND, teacher_ND, student, teacher, exact=settings.exact, chunk_vocab=settings.chunk_vocab
+            student_ND,
+            teacher_ND,
+            student,
+            teacher,
+            exact=settings.exact,
+            scratch=scratch,
+            chunk_vocab=settings.chunk_vocab,
         )
         slopes_N = weights_N * student.slope(options.temperature)
         # Rows of the first product are spent once their block is done: the gradient takes their place.
         gradient_NV = products.teacher[0]
         if gradient_NV.dtype != gradient_dtype(weight_VD):
-            gradient_NV = torch.empty_like(gradient_NV, dtype=gradient_dtype(weight_VD))
+            gradient_NV = scratch.take("gradient", gradient_NV.shape, gradient_dtype(weight_VD))
+        parts: list[dict[str, Tensor]] = []
         for rows in row_blocks(student_ND.shape[0], weight_VD.shape[0], student_ND.device):
             result = worker.run(products, rows, teacher_ND, labels_N)
-            loss += _weighted_loss(result.figures, weights_N[rows], options.label_weight)
-            _add_figures(sums, result.figures)
-            if result.gradient_NV is not None:
-                gradient_NV[rows] = result.gradient_NV
+            parts.append(result.figures)
+            if result.gradient is not None:
+                gradient_NV[rows] = result.gradient
                 if bias_grad is not None:
-                    bias_grad += slopes_N[rows] @ result.gradient_NV
+                    bias_grad += slopes_N[rows] @ result.gradient
+        figures = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        loss += _weighted_loss(figures, weights_N, options.label_weight)
+        _add_figures(sums, figures)
         if hidden_grad is not None:
             hidden_grad[chunk] = multiply_back(gradient_NV, weight_VD).float() * slopes_N[:, None]
         if head_grad is not None:

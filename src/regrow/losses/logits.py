@@ -1,11 +1,12 @@
 """Logits of two models from their hidden states, accurate enough that a small KL is not drowned by rounding.
 
-A CPU multiplies bf16 matrices fast, accumulates in fp32, and then rounds each product to bf16. Rounding both
-models' logits adds about the variance of the rounding error to the KL: 1e-3 nats at logits near 20, which
-hides a student whose true KL is 1e-3. Three remedies, all exactly zero where teacher and student agree:
+A CPU multiplies bf16 matrices fast, accumulates in fp32, and then rounds each product to bf16. Rounding
+both models' logits adds about the variance of the rounding error to the KL: 1e-3 nats at logits near 20,
+which hides a student whose true KL is 1e-3. Three remedies, all exactly zero where teacher and student
+agree:
 
 - *Difference.* With a shared head the student's logits are z_t + W (h_s - h_t). The rounding of the second
-  product is relative to the difference, so that the KL and the gradient keep their leading digits.
+  product is relative to that difference, so that the KL and the gradient keep their leading digits.
 - *Refinement.* The teacher's largest logits carry almost all probability; they are recomputed in fp32 from the
   few rows of the head that they need.
 - *Residual.* A second product whose accumulator starts at minus the rounded first one returns what rounding
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from regrow.losses.scratch import Scratch
+
 _CAST_ELEMENTS = 4_194_304  # rows of a head that are cast to fp32 at a time: 16 MB
-_REFINED_LOGITS = 32
 _GROUP = 64  # columns whose maximum stands for them when the largest logits are looked for
 
 
@@ -27,21 +29,21 @@ class LinearHead:
     """The map from final hidden states to logits: softcap(scale (W h + bias)).
 
     Attributes:
-        weight_VD: W.
-        bias_V: bias or None.
+        weight: W, [V, D].
+        bias: [V] or None.
         softcap: c of c tanh(z / c), applied last, or None.
         scale: factor of the logits (1 / logits_scaling for Granite, logit_scale for Cohere).
     """
 
-    weight_VD: Tensor
-    bias_V: Tensor | None = None
+    weight: Tensor
+    bias: Tensor | None = None
     softcap: float | None = None
     scale: float = 1.0
 
     def finish(self, product_NV: Tensor, temperature: float) -> None:
         """Turn W h into logits / temperature, in place."""
-        if self.bias_V is not None:
-            product_NV.add_(self.bias_V)
+        if self.bias is not None:
+            product_NV.add_(self.bias)
         if self.softcap is not None:
             product_NV.mul_(self.scale / self.softcap).tanh_().mul_(self.softcap / temperature)
         elif self.slope(temperature) != 1.0:
@@ -65,13 +67,13 @@ class Products:
         teacher: terms of the teacher's products.
         student: terms of the student's products, or of student minus teacher if `is_difference`.
         is_difference: see `student`.
-        refine: whether the teacher's largest products still have to be recomputed in fp32.
+        refine: whether the teacher's largest products are still to be recomputed (`recompute`).
     """
 
     teacher: tuple[Tensor, ...]
     student: tuple[Tensor, ...]
     is_difference: bool
-    refine: bool
+    refine: bool = False
 
 
 def same_tensor(left: Tensor | None, right: Tensor | None) -> bool:
@@ -94,6 +96,7 @@ def multiply(
     teacher: LinearHead,
     *,
     exact: bool,
+    scratch: Scratch,
     chunk_vocab: int | None = None,
 ) -> Products:
     """Both models' products with their heads.
@@ -101,45 +104,46 @@ def multiply(
     A shared head is read once, for the teacher's hidden states and the difference of both models' together.
     `exact` asks for products that are accurate to fp32 (to 16 bits with bf16 on a CPU) at any cost.
     """
-    weight_VD = teacher.weight_VD
-    if not same_tensor(student.weight_VD, weight_VD):
+    weight_VD = teacher.weight
+    engine = _Engine(scratch, chunk_vocab)
+    if not same_tensor(student.weight, weight_VD):
         return Products(
-            _all_terms(teacher_ND, weight_VD, exact, chunk_vocab),
-            _all_terms(student_ND, student.weight_VD, exact, chunk_vocab),
+            engine.terms("teacher", teacher_ND, weight_VD, exact),
+            engine.terms("student", student_ND, student.weight, exact),
             is_difference=False,
-            refine=False,
         )
     num_tokens, dtype = teacher_ND.shape[0], operand_dtype(weight_VD)
     difference_ND = student_ND.float() - teacher_ND.float()
-    first_NV = _product(torch.cat((teacher_ND.to(dtype), difference_ND.to(dtype))), weight_VD, chunk_vocab)
-    teacher_NV, difference_NV = first_NV[:num_tokens], first_NV[num_tokens:]
-    rest = _rest(teacher_NV, teacher_ND, weight_VD, chunk_vocab) if exact else ()
-    lossy = first_NV.dtype != torch.float32 or _is_wider(teacher_ND, dtype)
-    return Products((teacher_NV, *rest), (difference_NV,), is_difference=True, refine=lossy and not exact)
+    both_NV = engine.product("both", torch.cat((teacher_ND.to(dtype), difference_ND.to(dtype))), weight_VD)
+    teacher_NV, difference_NV = both_NV[:num_tokens], both_NV[num_tokens:]
+    if exact:
+        rest = engine.rest("rest", teacher_NV, teacher_ND, weight_VD)
+        return Products((teacher_NV, *rest), (difference_NV,), is_difference=True)
+    lossy = both_NV.dtype != torch.float32 or _is_wider(teacher_ND, dtype)
+    return Products((teacher_NV,), (difference_NV,), is_difference=True, refine=lossy)
 
 
-def refine_largest(product_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
-    """Recompute each row's largest products in fp32, in place."""
-    index_NK = largest_entries(product_NV, _REFINED_LOGITS)
-    rows_NKD = weight_VD.index_select(0, index_NK.flatten()).view(*index_NK.shape, -1).float()
-    product_NV.scatter_(1, index_NK, rows_NKD.mul_(hidden_ND.float()[:, None]).sum(-1))
+def recompute(product_NV: Tensor, index_NK: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
+    """Recompute the products in the given columns in fp32, in place."""
+    rows_NKD = weight_VD.index_select(0, index_NK.flatten()).float().view(*index_NK.shape, -1)
+    product_NV.scatter_(1, index_NK, rows_NKD.mul_(hidden_ND[:, None].float()).sum(-1))
 
 
 def largest_entries(values_NV: Tensor, num: int) -> Tensor:
-    """Column indices [N, min(num, V)] of each row's largest values.
+    """Column indices [N, min(num, V)] of each row's largest values, in no particular order.
 
-    Looks at the maxima of groups of columns first: the `num` largest values lie in the `num` groups with the
-    largest maxima (and in the columns left over), so that only those are sorted.
+    Columns are put into groups (every G-th column). The `num` largest values lie in the `num` groups with the
+    largest maxima, or in the columns that no group holds, so that only those are sorted.
     """
     num_columns = values_NV.shape[1]
     num_groups = num_columns // _GROUP
     if num_groups <= num:
-        return values_NV.topk(min(num, num_columns)).indices
+        return values_NV.topk(min(num, num_columns), sorted=False).indices
     grouped = num_groups * _GROUP
-    maxima = values_NV[:, :grouped].unflatten(1, (num_groups, _GROUP)).amax(-1)
-    groups = maxima.topk(num, sorted=False).indices
-    offsets = torch.arange(_GROUP, device=values_NV.device)
-    columns = (groups[:, :, None] * _GROUP + offsets).flatten(1)
+    maxima_NG = values_NV[:, :grouped].unflatten(1, (_GROUP, num_groups)).amax(1)
+    groups = maxima_NG.topk(num, sorted=False).indices
+    steps = torch.arange(0, grouped, num_groups, device=values_NV.device)
+    columns = (groups[:, :, None] + steps).flatten(1)
     if grouped < num_columns:
         rest = torch.arange(grouped, num_columns, device=values_NV.device)
         columns = torch.cat((columns, rest.expand(columns.shape[0], -1)), 1)
@@ -170,45 +174,47 @@ def multiply_back(gradient_NV: Tensor, weight_VD: Tensor) -> Tensor:
     return total_ND
 
 
-def _all_terms(
-    hidden_ND: Tensor, weight_VD: Tensor, exact: bool, chunk_vocab: int | None
-) -> tuple[Tensor, ...]:
-    first_NV = _product(hidden_ND.to(operand_dtype(weight_VD)), weight_VD, chunk_vocab)
-    return (first_NV, *(_rest(first_NV, hidden_ND, weight_VD, chunk_vocab) if exact else ()))
+class _Engine:
+    """Products with a head, written into scratch buffers."""
 
+    def __init__(self, scratch: Scratch, chunk_vocab: int | None) -> None:
+        self._scratch, self._chunk_vocab = scratch, chunk_vocab
 
-def _product(operand_ND: Tensor, weight_VD: Tensor, chunk_vocab: int | None) -> Tensor:
-    """W h in fp32, except that bf16 on a CPU comes rounded to bf16."""
-    wide = weight_VD.is_cuda and operand_ND.dtype != torch.float32
-    out_dtype = torch.float32 if wide else operand_ND.dtype
-    out_NV = torch.empty(operand_ND.shape[0], weight_VD.shape[0], dtype=out_dtype, device=weight_VD.device)
-    if chunk_vocab is None and weight_VD.dtype == operand_ND.dtype:
-        blocks = [slice(0, weight_VD.shape[0])]
-    else:
-        blocks = _vocab_blocks(weight_VD, chunk_vocab)
-    for rows in blocks:
-        block_DV = weight_VD[rows].to(operand_ND.dtype).T
-        if wide:
-            torch.mm(operand_ND, block_DV, out_dtype=torch.float32, out=out_NV[:, rows])
+    def terms(self, name: str, hidden_ND: Tensor, weight_VD: Tensor, exact: bool) -> tuple[Tensor, ...]:
+        """W h, and with `exact` what the first term lacks."""
+        first_NV = self.product(name, hidden_ND.to(operand_dtype(weight_VD)), weight_VD)
+        rest = self.rest(f"{name} rest", first_NV, hidden_ND, weight_VD) if exact else ()
+        return (first_NV, *rest)
+
+    def product(self, name: str, operand_ND: Tensor, weight_VD: Tensor) -> Tensor:
+        """W h in fp32, except that bf16 on a CPU comes rounded to bf16."""
+        wide = weight_VD.is_cuda and operand_ND.dtype != torch.float32
+        out_dtype = torch.float32 if wide else operand_ND.dtype
+        out_NV = self._scratch.take(name, (operand_ND.shape[0], weight_VD.shape[0]), out_dtype)
+        if self._chunk_vocab is None and weight_VD.dtype == operand_ND.dtype:
+            blocks = [slice(0, weight_VD.shape[0])]
         else:
-            torch.mm(operand_ND, block_DV, out=out_NV[:, rows])
-    return out_NV
+            blocks = _vocab_blocks(weight_VD, self._chunk_vocab)
+        for rows in blocks:
+            block_DV = weight_VD[rows].to(operand_ND.dtype).T
+            if wide:
+                torch.mm(operand_ND, block_DV, out_dtype=torch.float32, out=out_NV[:, rows])
+            else:
+                torch.mm(operand_ND, block_DV, out=out_NV[:, rows])
+        return out_NV
 
-
-def _rest(
-    first_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor, chunk_vocab: int | None
-) -> tuple[Tensor, ...]:
-    """What `first_NV` lacks of W h: its own rounding, and the part of fp32 hidden states that was cut off."""
-    dtype = operand_dtype(weight_VD)
-    high_ND = hidden_ND.to(dtype)
-    low_ND = (hidden_ND.float() - high_ND.float()).to(dtype) if _is_wider(hidden_ND, dtype) else None
-    if first_NV.dtype == torch.float32:
-        return () if low_ND is None else (_product(low_ND, weight_VD, chunk_vocab),)
-    rest_NV = first_NV.neg()
-    for operand_ND in (high_ND, low_ND):
-        if operand_ND is not None:
-            torch.addmm(rest_NV, operand_ND, weight_VD.T, out=rest_NV)
-    return (rest_NV,)
+    def rest(self, name: str, first_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, ...]:
+        """What `first_NV` lacks of W h: its own rounding, and what bf16 cut off from fp32 hidden states."""
+        dtype = operand_dtype(weight_VD)
+        high_ND = hidden_ND.to(dtype)
+        low_ND = (hidden_ND.float() - high_ND.float()).to(dtype) if _is_wider(hidden_ND, dtype) else None
+        if first_NV.dtype == torch.float32:
+            return () if low_ND is None else (self.product(name, low_ND, weight_VD),)
+        rest_NV = torch.neg(first_NV, out=self._scratch.take(name, first_NV.shape, first_NV.dtype))
+        for operand_ND in (high_ND, low_ND):
+            if operand_ND is not None:
+                torch.addmm(rest_NV, operand_ND, weight_VD.T, out=rest_NV)
+        return (rest_NV,)
 
 
 def _is_wider(hidden_ND: Tensor, dtype: torch.dtype) -> bool:
