@@ -1,7 +1,6 @@
 """The run's settings in the words of `transformers.TrainingArguments`."""
 
 import math
-import os
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -19,7 +18,6 @@ def training_arguments(settings: TrainingSettings, work_dir: Path) -> TrainingAr
     Raises:
         UserError: an optimiser or tracker is unknown or not installed.
     """
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", str(work_dir / "logs"))
     try:
         args = TrainingArguments(
             output_dir=str(work_dir),

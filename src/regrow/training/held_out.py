@@ -61,7 +61,7 @@ class HeldOut(Dataset[Any]):
             number = turn * self._world_size + self._rank
             counts = number < len(self._batches)
             batch = self._batches[number if counts else 0].to(device)
-            hidden_TD = student(batch.input_ids, batch.attention_mask)[batch.positions]
+            hidden_TD = student(batch.input_ids)[batch.positions]
             teacher_TD = self._teacher_states(number if counts else 0, batch)
             if not counts:
                 continue

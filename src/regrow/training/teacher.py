@@ -49,7 +49,7 @@ class LiveTeacher:
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
         """Run the model."""
-        return final_hidden(self.model, batch.input_ids, batch.attention_mask)[batch.positions]
+        return final_hidden(self.model, batch.input_ids)[batch.positions]
 
 
 class CachedTeacher:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers.integrations import TensorBoardCallback
 
 from regrow.errors import RunError
 from regrow.files import disk_errors
@@ -82,6 +83,9 @@ class DistillTrainer(Trainer):
             callbacks=[_StepCallback(self)],
         )
         self.remove_callback(PrinterCallback)
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(Path(str(args.output_dir)) / "logs")
         student.keep_head(self.args.device)
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
@@ -140,7 +144,7 @@ class DistillTrainer(Trainer):
         # The teacher goes first: its activations are gone before the student's are kept.
         teacher_TD = self._teacher.states(batch)
         head = self.student_model().head
-        hidden_TD = model(batch.input_ids, batch.attention_mask)[batch.positions]
+        hidden_TD = model(batch.input_ids)[batch.positions]
         settings = self._settings
         output = self._divergence(
             hidden_TD.to(head.weight_VD.dtype),
@@ -302,6 +306,7 @@ class _StepCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.finish_step()
+        control.should_log |= state.global_step >= state.max_steps
 
 
 def load_trained(student: HiddenStates, file: Path) -> None:
