@@ -1,5 +1,7 @@
 """Naive fp64 oracles, written for clarity only; tests and benchmarks compare the product against them."""
 
+import math
+
 import torch
 
 # --- pruning (scores, greedy removal, refit, statistics) -------------------------------------------------
@@ -37,3 +39,118 @@ def naive_greedy_removal(down, inputs, count, ridge):
         costs = {j: naive_ridge_objective(down, [k for k in alive if k != j], inputs, ridge) for j in alive}
         gone.append(min(costs, key=costs.get))
     return gone
+
+
+# --- evaluation (fidelity, perplexity) --------------------------------------------------------------------
+
+
+def naive_token_figures(student, teacher, rows, counted):
+    """Agreement, KL, p95 and perplexities over the counted predictions; models in float64, one row at a time.
+
+    rows: lists of token ids; counted[i][t] says whether token t of row i counts as a predicted one. Full
+    logits, no padding, no batches, sums in Python.
+    """
+    top1, top5, kls, student_nll, teacher_nll = [], [], [], [], []
+    for ids, count in zip(rows, counted, strict=True):
+        tokens = torch.tensor([ids])
+        with torch.no_grad():
+            ours = student(input_ids=tokens).logits[0].double().log_softmax(-1)
+            theirs = teacher(input_ids=tokens).logits[0].double().log_softmax(-1)
+        for position in range(len(ids) - 1):
+            if not count[position + 1]:
+                continue
+            p, q = theirs[position], ours[position]
+            best = int(p.argmax())
+            top1.append(best == int(q.argmax()))
+            top5.append(best in q.argsort(descending=True)[:5].tolist())
+            kls.append(float((p.exp() * (p - q)).sum()))
+            student_nll.append(-float(q[ids[position + 1]]))
+            teacher_nll.append(-float(p[ids[position + 1]]))
+    mean = lambda values: sum(values) / len(values)  # noqa: E731
+    ordered = sorted(kls)
+    place = 0.95 * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return {
+        "top1_agreement": mean(top1),
+        "top5_agreement": mean(top5),
+        "kl_mean": mean(kls),
+        "kl_p95": ordered[low] + (place - low) * (ordered[high] - ordered[low]),
+        "student_perplexity": math.exp(mean(student_nll)),
+        "teacher_perplexity": math.exp(mean(teacher_nll)),
+        "num_tokens": len(kls),
+    }
+
+
+# --- losses (divergences over the full vocabulary) -------------------------------------------------------
+
+
+def naive_logits(hidden, head, bias=None, softcap=None, scale=1.0):
+    """softcap(scale (W h + b)) in fp64 [T, V], a block of the vocabulary at a time to spare memory."""
+    hidden = hidden.double()
+    logits = torch.cat([hidden @ block.double().T for block in head.split(4096)], dim=1)
+    if bias is not None:
+        logits = logits + bias.double()
+    logits = logits * scale
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def naive_divergence(name, student_logits, teacher_logits, beta=0.5, temperature=1.0):
+    """Divergence per token [T] by its definition, from fp64 logits."""
+    log_q = torch.log_softmax(student_logits / temperature, -1)
+    log_p = torch.log_softmax(teacher_logits / temperature, -1)
+    log_m = torch.log(beta * log_p.exp() + (1 - beta) * log_q.exp())
+
+    def kl(log_a, log_b):
+        return (log_a.exp() * (log_a - log_b)).sum(-1)
+
+    return {
+        "forward_kl": lambda: kl(log_p, log_q),
+        "reverse_kl": lambda: kl(log_q, log_p),
+        "jsd": lambda: beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m),
+        "skewed_kl": lambda: kl(log_p, log_m),
+    }[name]()
+
+
+def naive_linear_divergence(
+    name,
+    student_hidden,
+    teacher_hidden,
+    student_head,
+    teacher_head,
+    *,
+    beta=0.5,
+    temperature=1.0,
+    weights=None,
+    normalizer=None,
+    labels=None,
+    label_weight=0.0,
+    ignore_index=-100,
+    student_options=None,
+    teacher_options=None,
+):
+    """Loss and its gradients with respect to student's hidden states, head and bias, all fp64.
+
+    `student_options` and `teacher_options` are the keyword arguments of `naive_logits`. Autograd differentiates
+    the loss with respect to W h; two plain products do the rest.
+    """
+    student_options, teacher_options = dict(student_options or {}), dict(teacher_options or {})
+    bias = student_options.pop("bias", None)
+    product = naive_logits(student_hidden, student_head, bias=bias).requires_grad_()
+    logits = product * student_options.get("scale", 1.0)
+    if (cap := student_options.get("softcap")) is not None:
+        logits = cap * torch.tanh(logits / cap)
+    teacher_logits = naive_logits(teacher_hidden, teacher_head, **teacher_options)
+    per_token = naive_divergence(name, logits, teacher_logits, beta, temperature)
+    if labels is not None:
+        nll = torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+        per_token = per_token + label_weight * nll
+    weights = torch.ones(len(per_token)) if weights is None else weights
+    weights = weights.double()
+    used = weights != 0
+    total = weights.sum() if normalizer is None else normalizer
+    loss = (weights[used] * per_token[used]).sum() / total
+    (slope,) = torch.autograd.grad(loss, product)
+    blocks = zip(slope.split(4096, dim=1), student_head.split(4096), strict=True)
+    hidden_grad = sum(part @ block.double() for part, block in blocks)
+    return loss.detach(), hidden_grad, slope.T @ student_hidden.double(), slope.sum(0)

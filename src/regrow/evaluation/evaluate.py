@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow.data.blend import CorpusSpec
 from regrow.errors import UserError
-from regrow.evaluation.fidelity import CorpusSpec, evaluate_fidelity, fidelity_settings
+from regrow.evaluation.fidelity import evaluate_fidelity, fidelity_settings
 from regrow.evaluation.ifeval import evaluate_ifeval, ifeval_settings, score_responses
 from regrow.evaluation.latency import latency_settings, measure_latency, model_size
 from regrow.evaluation.perplexity import evaluate_perplexity, perplexity_settings

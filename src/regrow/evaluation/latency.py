@@ -4,6 +4,7 @@ A machine's speed drifts (heat, other work), so the models take turns within eve
 order, and ratios are formed within a repeat before the median is taken: slow drift cancels.
 """
 
+import inspect
 import json
 import statistics
 import subprocess
@@ -161,6 +162,8 @@ def time_once(
 ) -> tuple[float, float]:
     """Seconds for the prompt (up to the first token) and for `new_tokens` further steps, greedy."""
     wait = torch.cuda.synchronize if prompt_BS.is_cuda else lambda: None
+    # transformers 5.24 renamed the argument; the result's attribute kept its name
+    cache = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
     wait()
     start = clock()
     output = model(input_ids=prompt_BS, use_cache=True, logits_to_keep=1)
@@ -168,7 +171,7 @@ def time_once(
     wait()
     middle = clock()
     for _ in range(new_tokens):
-        output = model(input_ids=token, past_key_values=output.past_key_values, use_cache=True)
+        output = model(input_ids=token, use_cache=True, **{cache: output.past_key_values})
         token = output.logits[:, -1:].argmax(-1)
     wait()
     return middle - start, clock() - middle
