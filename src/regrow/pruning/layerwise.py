@@ -21,7 +21,7 @@ from torch import Tensor
 from regrow.errors import RunError
 from regrow.files import disk_errors
 from regrow.progress import Progress, say
-from regrow.pruning.accumulate import hooked
+from regrow.pruning.accumulate import SiteSums, hooked
 from regrow.pruning.passes import Job, Write, load_mtp_layers, run_mtp_layers
 from regrow.pruning.skeleton import Skeleton, empty, fill
 
@@ -115,7 +115,15 @@ def run_layerwise(job: Job, write: Write, folder: Path, spill_bytes: int) -> dic
     return {name: round(value, 3) for name, value in clock.items()}
 
 
-def _run_one(job, skeleton, index, weights, activations, progress):  # type: ignore[no-untyped-def]
+def _run_one(
+    job: Job,
+    skeleton: Skeleton,
+    index: int,
+    weights: dict[str, Tensor],
+    activations: Activations,
+    progress: Progress,
+) -> list[SiteSums]:
+    """Run one layer over all batches; its output replaces its input in `activations`."""
     layer = skeleton.layers[index]
     fill(layer, weights, job.device)
     sums = job.sums([site for site in job.sites if site.module is not None and site.layer == index])

@@ -8,7 +8,7 @@ updates end at the same W' (ZipLM, arXiv 2302.04089); for attention and MLPs of 
 in LLM-Surgeon and OSSCAR (arXiv 2403.12983).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -96,7 +96,7 @@ def refit_down(
     return Refit(weight_DK, rho, before, after, condition, tried)
 
 
-def walk(measure, rhos: Sequence[float], start: float) -> None:  # type: ignore[no-untyped-def]
+def walk(measure: Callable[[float], float], rhos: Sequence[float], start: float) -> None:
     """Call `measure` along an ascending grid, from `start` downhill until it rises, first down, then up."""
     middle = min(range(len(rhos)), key=lambda i: abs(rhos[i] - start))
     lowest = measure(rhos[middle])

@@ -126,6 +126,20 @@ def test_a_layer_that_never_fired_still_gets_scores() -> None:
         assert torch.isfinite(CRITERIA[name].score(scored, 2)).all()
 
 
+def test_a_gram_that_rounding_made_indefinite_still_gives_an_order() -> None:
+    """One token of a million times the others' energy, accumulated in float32."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(300, 8, generator=generator)
+    x[0] *= 1e3
+    gram = (x.T @ x) - 400 * torch.eye(8)
+    assert torch.linalg.eigvalsh(gram.double() / 300).min() < 0
+    removed, cost = remove_greedily(
+        torch.randn(4, 8, generator=generator), gram / 300, num_removed=3, damping=1e-9
+    )
+    assert len(set(removed.tolist())) == 3
+    assert torch.isfinite(cost).all()
+
+
 def test_top_channels_are_ascending_and_ties_keep_the_lower_index() -> None:
     scores = torch.tensor([1.0, 3.0, 1.0, 3.0, 1.0])
     assert top_channels(scores, 3, "x").tolist() == [0, 1, 3]

@@ -9,6 +9,8 @@ Source: Hassibi and Stork, "Optimal Brain Surgeon" (NIPS 1992), per column as in
 2302.04089, equations 4-5) and OSSCAR (Meng et al., arXiv 2403.12983).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -99,11 +101,23 @@ def _remove_block(W_DF: Tensor, inverse_FF: Tensor, alive_F: Tensor, count: int)
 
 
 def _damped_inverse(covariance_FF: Tensor, damping: float) -> Tensor:
-    """(C + lambda I)^-1 in float64."""
-    H_FF = covariance_FF.to(torch.float64, copy=True)
-    # The floor keeps an all-zero covariance (a layer that never fired) invertible.
-    H_FF.diagonal().add_(max(damping * float(H_FF.diagonal().mean()), 1e-30))
-    return torch.cholesky_inverse(torch.linalg.cholesky(H_FF))
+    """(C + lambda I)^-1 in float64.
+
+    A few tokens with huge activations (attention sinks) put most of the energy into one direction; the
+    rounding of a float32 gram can then exceed lambda and make the matrix indefinite, so lambda grows until
+    it is not.
+    """
+    mean = float(covariance_FF.diagonal().mean(dtype=torch.float64))
+    if not math.isfinite(mean):
+        raise ValueError("the covariance is not finite")
+    while True:
+        H_FF = covariance_FF.to(torch.float64, copy=True)
+        # The floor keeps an all-zero covariance (a layer that never fired) invertible.
+        H_FF.diagonal().add_(max(damping * mean, 1e-30))
+        factor_FF, info = torch.linalg.cholesky_ex(H_FF)
+        if not int(info):
+            return torch.cholesky_inverse(factor_FF)
+        damping *= 10
 
 
 OBS = Criterion(
