@@ -7,7 +7,7 @@ from pathlib import Path
 import jinja2
 from huggingface_hub import ModelCard
 
-from regrow.reporting import content, method, records
+from regrow.reporting import content, measurement, method, records
 from regrow.reporting.blocks import Bullets, Code, Details, Pairs, Paragraph, Section, without_empty
 from regrow.reporting.citations import bibtex, plain_citations
 from regrow.reporting.facts import Facts, section
@@ -148,9 +148,9 @@ def _evaluation(facts: Facts) -> list[Section]:
     return [
         Section(2, "Evaluation"),
         Section(3, "Testing Data, Factors & Metrics"),
-        Section(4, "Testing Data", (Bullets(content.testing_data(facts)),)),
+        Section(4, "Testing Data", (Bullets(measurement.testing_data(facts)),)),
         Section(4, "Factors", (Paragraph(method.factors(facts)),)),
-        Section(4, "Metrics", (Pairs(content.metrics(facts)),)),
+        Section(4, "Metrics", (Pairs(measurement.metrics(facts)),)),
         Section(3, "Results", (before_after_table(facts), Details("By type of instruction", types))),
         Section(4, "Summary", (Paragraph(content.comparison_sentence(facts)),)),
         Section(
@@ -180,7 +180,7 @@ def _technical(facts: Facts) -> list[Section]:
         Section(4, "Software", (Pairs(records.versions_lines(facts)),)),
         Section(2, "Citation", (Bullets(plain_citations(facts)), Code(bibtex(facts), "bibtex"))),
         Section(2, "Glossary", (Pairs(content.glossary(facts)),)),
-        Section(2, "More Information", (Bullets(facts.notes),)),
+        Section(2, "More Information", (Bullets(content.notes(facts)),)),
         Section(2, "Model Card Authors", (Paragraph(one_line(authors) if authors else ""),)),
     ]
 

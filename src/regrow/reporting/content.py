@@ -4,19 +4,17 @@ Strings are plain text: the templates escape them for Markdown or HTML. A functi
 to stand on returns nothing.
 """
 
-from typing import Any
-
 from regrow.reporting.estimate import interval_of
 from regrow.reporting.facts import IFEVAL_FIGURES, Facts, estimate, number, section
 from regrow.reporting.records import widths
-from regrow.reporting.table import ifeval_name
+from regrow.reporting.rows import ifeval_name
 from regrow.reporting.text import (
     change,
     count,
     figure,
+    one_line,
     percent,
     points,
-    public_name,
     share_with_interval,
     short_count,
     size,
@@ -59,20 +57,31 @@ def limitations(facts: Facts) -> list[str]:
 
 def comparison_sentence(facts: Facts) -> str:
     """The verdict of the paired comparison, or nothing where none was recorded."""
-    found = _ifeval_comparison(facts)
+    found = section(facts.comparison, "ifeval") or facts.comparison
     verdict, difference = found.get("verdict"), number(found, "difference")
     if verdict is None or difference is None:
         return ""
+    metric = dict(IFEVAL_FIGURES).get(str(found.get("metric")))
+    text = f"Paired with the teacher prompt by prompt on {ifeval_name(facts)}"
+    text += f" ({metric}): {points(difference)} points" if metric else f": {points(difference)} points"
     interval = interval_of(found.get("ci95"))
-    text = f"Paired with the teacher prompt by prompt on {ifeval_name(facts)}: {points(difference)} points"
     if interval:
-        text += f" (95 % interval {points(interval[0])} to {points(interval[1])}, resampled by prompt)"
+        text += f" (95 % interval {points(interval[0])} to {points(interval[1])}, prompts resampled)"
+    text += f"; verdict: {one_line(verdict)}"
     margin = number(found, "margin")
-    text += f"; verdict: {verdict}"
     if margin is not None:
-        text += f" at a margin of {points(margin).lstrip('+')} points"
-    p = number(found, "mcnemar_p")
-    return f"{text}.{f' McNemar p = {figure(p, 2)}.' if p is not None else ''}"
+        text += f" at a margin of {100 * margin:g} points"
+    text += "."
+    flips = section(section(found, "flips"), "prompts")
+    lost, gained = number(flips, "lost"), number(flips, "gained")
+    if lost is not None and gained is not None:
+        text += f" Prompts lost {count(lost)}, gained {count(gained)}"
+        p = number(found, "mcnemar_p")
+        text += f" (McNemar p = {figure(p, 2)})." if p is not None else "."
+    needed = number(section(section(found, "needed"), "if_no_difference"), "prompts")
+    if needed:
+        text += f" About {count(needed)} prompts would settle it if there is no difference."
+    return text
 
 
 def direct_use(facts: Facts) -> str:
@@ -100,38 +109,16 @@ def recommendations(facts: Facts) -> str:
     )
 
 
-def metrics(facts: Facts) -> list[tuple[str, str]]:
-    """Definitions of the metrics that were measured."""
-    found = []
-    student = facts.student
-    if student and student.fidelity:
-        found += [
-            (
-                "Top-1 and top-5 agreement",
-                "share of held-out positions at which model and teacher have the same most likely next "
-                "token; top 5: at which the teacher's is among the model's five",
-            ),
-            (
-                "KL",
-                "KL(teacher || model) of the next-token distributions over the full vocabulary, in nats and "
-                "computed in fp32; 0 where they are equal",
-            ),
-            ("Perplexity", "exponential of the mean negative log-likelihood of the held-out text's tokens"),
-        ]
-    if any(model.ifeval for model in facts.models):
-        found.append(
-            (
-                ifeval_name(facts),
-                "share of prompts with every instruction followed (prompt level) and share of instructions "
-                "followed (instruction level), judged by lm-eval's checkers on the answer as it is (strict) "
-                "or after stripping typical decoration (loose)",
-            )
-        )
-    if any(model.latency for model in facts.models):
-        found.append(
-            ("Speed", "tokens per second of reading a prompt (prefill) and of writing (decode), same machine")
-        )
-    return found
+def notes(facts: Facts) -> list[str]:
+    """What was skipped or approximated; a sentence that several stages wrote is said once."""
+    stages: dict[str, list[str]] = {}
+    for note in facts.notes:
+        stage, separator, text = note.partition(": ")
+        if separator and stage in (*facts.reports, "report"):
+            stages.setdefault(text, []).append(stage)
+        else:
+            stages.setdefault(note, [])
+    return [f"{', '.join(names)}: {text}" if names else text for text, names in stages.items()]
 
 
 def glossary(facts: Facts) -> list[tuple[str, str]]:
@@ -158,28 +145,6 @@ def glossary(facts: Facts) -> list[tuple[str, str]]:
     if any(model.ifeval for model in facts.models):
         terms.append(("IFEval", "benchmark of instructions that a program can check"))
     return terms
-
-
-def testing_data(facts: Facts) -> list[str]:
-    """What the figures were measured on."""
-    found = []
-    student = facts.student
-    held_out = section(facts.recipe, "held_out")
-    if student and student.fidelity and held_out.get("source"):
-        tokens = number(student.fidelity, "num_tokens")
-        over = f", {count(tokens)} tokens" if tokens else ""
-        found.append(
-            f"Held-out text: {public_name(held_out['source'])} (split {held_out.get('split')}){over}."
-        )
-    if student and student.ifeval:
-        total = number(section(student.ifeval, "prompt_level_strict"), "total")
-        prompts = section(section(facts.recipe, "evaluate"), "ifeval").get("prompts")
-        text = f"{ifeval_name(facts)}: {count(total)} prompts" if total else ifeval_name(facts)
-        found.append(f"{text}{f' from {public_name(prompts)}' if prompts else ''}.")
-        missing = number(student.ifeval, "missing")
-        if missing:
-            found.append(f"{count(missing)} prompts had no answer and are left out of the figures.")
-    return found
 
 
 def _size_sentence(facts: Facts) -> str:
@@ -268,15 +233,6 @@ def _unmeasured(facts: Facts) -> str:
     if "vision" in str(facts.parent_card.get("pipeline_tag")) or facts.has_vision:
         missing.append("images")
     return f"Not measured: {_and(missing)}, and languages other than those of the texts below."
-
-
-def _ifeval_comparison(facts: Facts) -> dict[str, Any]:
-    found = section(facts.comparison, "ifeval") or facts.comparison
-    for key, _ in IFEVAL_FIGURES:
-        nested = section(found, key)
-        if "verdict" in nested:
-            return nested
-    return found
 
 
 def _and(words: list[str]) -> str:

@@ -22,11 +22,9 @@ PACKAGES = (
     "huggingface_hub",
     "lm_eval",
     "numpy",
-    "liger-kernel",
     "vllm",
     "flash-linear-attention",
     "causal-conv1d",
-    "codecarbon",
 )
 
 

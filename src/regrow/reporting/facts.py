@@ -50,6 +50,7 @@ class Facts:
         config: the published model's config.json.
         has_chat_template: whether the published model's folder holds a chat template.
         parent_card: what the parent's own card and licence file say (`parent.read_parent`).
+        verification: result of `verify_checkpoint` on the published model, or empty.
         comparison: paired comparison of the final model with the teacher, per benchmark, or empty.
         notes: everything skipped or approximated, one sentence each.
     """
@@ -63,6 +64,7 @@ class Facts:
     parent_card: dict[str, Any]
     config: dict[str, Any]
     has_chat_template: bool
+    verification: dict[str, Any]
     comparison: dict[str, Any]
     notes: tuple[str, ...]
 
@@ -148,7 +150,8 @@ def read_facts(results: Any, model: Path | None = None) -> Facts:
         parent_card=section(results, "parent_card"),
         config=_json_in(model, "config.json"),
         has_chat_template=_has_chat_template(model),
-        comparison=_comparison(results, reports, str(final)),
+        verification=section(results, "verification") or section(reports.get("prune"), "verification"),
+        comparison=_comparison(results, reports),
         notes=tuple(dict.fromkeys(without_paths(note) for note in _list(results.get("notes")))),
     )
 
@@ -234,13 +237,8 @@ def _first_int(places: Iterable[dict[str, Any]], key: str) -> int | None:
     return int(found) if found is not None else None
 
 
-def _comparison(results: dict[str, Any], reports: dict[str, dict[str, Any]], final: str) -> dict[str, Any]:
-    for holder in (results, reports.get("evaluate", {})):
-        for key in ("comparisons", "comparison"):
-            found = section(holder, key)
-            if found:
-                return section(found, final) or found
-    return {}
+def _comparison(results: dict[str, Any], reports: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    return section(results, "comparison") or section(reports.get("evaluate"), "comparison")
 
 
 def _has_chat_template(model: Path | None) -> bool:

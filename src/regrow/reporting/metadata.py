@@ -6,7 +6,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from regrow.reporting.estimate import Estimate
 from regrow.reporting.facts import IFEVAL_FIGURES, Facts, estimate, section
-from regrow.reporting.table import ifeval_name
+from regrow.reporting.rows import ifeval_name, ifeval_source
 from regrow.reporting.text import is_hub_id, one_line, public_name
 
 _IFEVAL_METRICS = {
@@ -87,7 +87,7 @@ def eval_results(facts: Facts) -> list[EvalResult]:
 def _ifeval_dataset(facts: Facts, task: str) -> str:
     if task == "IFEval" or task.startswith("IFEval ("):
         return "google/IFEval"
-    return public_name(section(section(facts.recipe, "evaluate"), "ifeval").get("prompts"))
+    return public_name(ifeval_source(facts))
 
 
 def _result(

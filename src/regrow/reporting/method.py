@@ -125,6 +125,11 @@ def pruned_and_preserved(facts: Facts) -> list[str]:
     if facts.has_vision:
         kept += ", and the vision part"
     found.append(f"Bit-identical to the parent's after the cut: {kept}.")
+    untouched = number(section(facts.verification, "compared"), "untouched")
+    if untouched is not None and facts.verification.get("ok") is True:
+        found.append(
+            f"Verified: {count(untouched)} tensors of the published files equal the parent's bit for bit."
+        )
     refitted = number(pruned, "refitted")
     if refitted:
         found.append(f"Refitted: {count(refitted)} down_proj matrices.")
@@ -147,19 +152,15 @@ _TRAINED = {
 
 
 def engines(facts: Facts) -> list[str]:
-    """What verification and alignment say about other engines."""
-    pruned = facts.reports.get("prune", {})
+    """Which engines take the model, as `regrow verify` found, and what its width costs quantised formats."""
     found = []
-    alignment = pruned.get("alignment")
-    for line in alignment if isinstance(alignment, list) else [alignment] if alignment else []:
-        found.append(one_line(line))
-    for holder in (pruned, section(pruned, "verification"), section(pruned, "verify")):
-        engines_found = holder.get("engines")
-        if isinstance(engines_found, dict):
-            found += [f"{one_line(name)}: {one_line(_said(entry))}" for name, entry in engines_found.items()]
-        elif isinstance(engines_found, list):
-            found += [one_line(_said(entry)) for entry in engines_found]
-    return list(dict.fromkeys(found))
+    for name, verdict in section(facts.verification, "engines").items():
+        if isinstance(verdict, dict) and isinstance(verdict.get("ok"), bool):
+            why = f", {one_line(verdict['why'])}" if verdict.get("why") else ""
+            found.append(f"{one_line(name)}: {'yes' if verdict['ok'] else 'no'}{why}.")
+    for name, text in section(facts.verification, "alignment").items():
+        found.append(f"{one_line(name)}: {one_line(text)}")
+    return found
 
 
 def loading_note(facts: Facts) -> str:
@@ -184,11 +185,3 @@ def objective(facts: Facts) -> str:
 def wall_time(facts: Facts) -> str:
     """All stages together."""
     return duration(sum(facts.seconds.values())) if facts.seconds else ""
-
-
-def _said(entry: object) -> str:
-    if isinstance(entry, bool):
-        return "ok" if entry else "no"
-    if isinstance(entry, dict):
-        return "; ".join(f"{key}: {_said(value)}" for key, value in entry.items())
-    return str(entry)

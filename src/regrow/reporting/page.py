@@ -9,7 +9,8 @@ from regrow.reporting.card import TEMPLATES, card_sections
 from regrow.reporting.estimate import Estimate
 from regrow.reporting.facts import IFEVAL_FIGURES, STUDENTS, Facts, by_type, estimate, number
 from regrow.reporting.plots import Bar, Level, Panel, Series
-from regrow.reporting.table import before_after_table, ifeval_name, label_of
+from regrow.reporting.rows import ifeval_name, memory_label, speed_change
+from regrow.reporting.table import before_after_table, label_of
 from regrow.reporting.text import change, count, figure, one_line, percent, points, size
 
 _BAR_FIGURES = (
@@ -88,7 +89,8 @@ def tiles(facts: Facts) -> list[Tile]:
             )
     decode = [number(m.latency, "decode_tokens_per_s") if m else None for m in (teacher, student)]
     if decode[0] and decode[1]:
-        found.append(Tile("Decode speed", change(decode[0], decode[1]), f"{figure(decode[1], 3)} tokens/s"))
+        gain = speed_change(student, "decode_speedup", decode[0], decode[1])
+        found.append(Tile("Decode speed", gain, f"{figure(decode[1], 3)} tokens/s"))
     if facts.seconds:
         found.append(Tile("Time to make", method.wall_time(facts), "wall time of all stages"))
     return found
@@ -236,7 +238,10 @@ def _bars_plot(facts: Facts) -> str:
     for key, label, write in _BAR_FIGURES:
         before, after = (getattr(m, key, None) or number(m.latency, key) for m in (teacher, student))
         if before and after:
-            rows.append(Bar(label, before, after, write(before), f"{write(after)} ({change(before, after)})"))
+            gain = speed_change(student, key.replace("tokens_per_s", "speedup"), before, after)
+            if key == "peak_memory_bytes":
+                label = memory_label(facts).removesuffix(" \u2193")
+            rows.append(Bar(label, before, after, write(before), f"{write(after)} ({gain})"))
     return plots.bars("size-speed", rows, "Size and speed of teacher and published model")
 
 

@@ -2,29 +2,17 @@
 
 import io
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from regrow.files import read_json
-from regrow.reporting.estimate import Estimate
-from regrow.reporting.facts import IFEVAL_FIGURES, Facts, Model, estimate, number, read_facts, section
-from regrow.reporting.text import (
-    change,
-    count,
-    figure,
-    percent,
-    points,
-    public_name,
-    share_with_interval,
-    size,
-    value_with_interval,
-)
+from regrow.reporting.facts import Facts, number, read_facts
+from regrow.reporting.rows import Row, table_rows
+from regrow.reporting.text import count
 
 NOT_MEASURED = "\u2013"
 _ASCII = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2191": "(up)", "\u2193": "(down)"})
-IFEVAL_SIZE = (541, 834)  # prompts, instructions
 LABELS = {
     "teacher": "Teacher",
     "pruned": "Pruned",
@@ -51,23 +39,6 @@ class Table:
         return bool(self.rows)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One figure of the table: how it is read from a model and how it is written.
-
-    Attributes:
-        label: what it is, with its unit and the direction that is better.
-        read: the figure of a model, or None where it was not measured.
-        write: its text.
-        versus: text of final against teacher.
-    """
-
-    label: str
-    read: Callable[[Model], Estimate | None]
-    write: Callable[[Estimate], str]
-    versus: Callable[[float, float], str]
-
-
 def before_after_table(results: dict[str, Any] | Facts) -> Table:
     """Every figure that was measured, one row each, for the teacher and every model of the run.
 
@@ -84,7 +55,7 @@ def before_after_table(results: dict[str, Any] | Facts) -> Table:
     if not models:
         return Table(("",), ())
     rows = []
-    for row in _rows(facts):
+    for row in table_rows(facts):
         found = [row.read(model) for model in models]
         if not any(found):
             continue
@@ -99,27 +70,6 @@ def before_after_table(results: dict[str, Any] | Facts) -> Table:
 def label_of(name: str) -> str:
     """How a model of the run is called in tables and plots."""
     return LABELS.get(name, name)
-
-
-def ifeval_name(facts: Facts) -> str:
-    """What the instruction-following figures were measured on; only IFEval itself is called IFEval.
-
-    A local file is taken for IFEval where its prompts and instructions are as many as IFEval's.
-    """
-    model = facts.student or facts.teacher
-    options = section(section(facts.recipe, "evaluate"), "ifeval")
-    source = str(options.get("prompts") or "google/IFEval")
-    if source.startswith("builtin:"):
-        return "Development set"
-    prompts, instructions = (
-        number(section(model.ifeval, key), "total") if model else None
-        for key in ("prompt_level_strict", "inst_level_strict")
-    )
-    if source != "google/IFEval" and (prompts, instructions) != IFEVAL_SIZE:
-        return f"IFEval's checkers on {public_name(source)}"
-    if prompts is not None and prompts < IFEVAL_SIZE[0]:
-        return f"IFEval (first {count(prompts)} prompts)"
-    return "IFEval"
 
 
 def print_summary(run_dir: str | Path) -> None:
@@ -192,92 +142,7 @@ def _versus(row: Row, facts: Facts) -> str:
     if facts.teacher is None or facts.student is None:
         return ""
     before, after = row.read(facts.teacher), row.read(facts.student)
-    return row.versus(before.value, after.value) if before and after else ""
-
-
-def _rows(facts: Facts) -> list[Row]:
-    def plain(part: str, *keys: str) -> Callable[[Model], Estimate | None]:
-        def read(model: Model) -> Estimate | None:
-            value = number(getattr(model, part), *keys)
-            return Estimate(float(value)) if value is not None else None
-
-        return read
-
-    def rated(part: str, key: str) -> Callable[[Model], Estimate | None]:
-        return lambda model: estimate(getattr(model, part), key)
-
-    def perplexity(model: Model) -> Estimate | None:
-        if model.name == "teacher":
-            student = facts.student or next((m for m in facts.models if m.fidelity), None)
-            return estimate(student.fidelity, "teacher_perplexity") if student else None
-        return estimate(model.fidelity, "student_perplexity")
-
-    def corpus(model: Model) -> Estimate | None:
-        nested = model.fidelity.get("corpus")
-        if isinstance(nested, dict):
-            return estimate(nested, "top1_agreement")
-        return estimate(model.fidelity, "corpus_top1_agreement")
-
-    def whole(name: str) -> Callable[[Model], Estimate | None]:
-        def read(model: Model) -> Estimate | None:
-            value = getattr(model, name)
-            return Estimate(float(value)) if value is not None else None
-
-        return read
-
-    none: Callable[[float, float], str] = lambda before, after: ""  # noqa: E731
-    differ: Callable[[float, float], str] = lambda before, after: f"{points(after - before)} points"  # noqa: E731
-    task = ifeval_name(facts)
-    rows = [
-        Row("Parameters", whole("num_parameters"), lambda e: count(e.value), change),
-        Row("Weights on disk", whole("weight_bytes"), lambda e: size(e.value), change),
-        Row(
-            "Held-out top-1 agreement \u2191", rated("fidelity", "top1_agreement"), share_with_interval, none
-        ),
-        Row(
-            "Held-out top-5 agreement \u2191", rated("fidelity", "top5_agreement"), share_with_interval, none
-        ),
-        Row("Held-out KL, mean (nats) \u2193", rated("fidelity", "kl_mean"), value_with_interval, none),
-        Row("Held-out KL, 95th percentile \u2193", rated("fidelity", "kl_p95"), value_with_interval, none),
-        Row("Held-out perplexity \u2193", perplexity, value_with_interval, change),
-        Row("Training-corpus top-1 agreement \u2191", corpus, share_with_interval, none),
-    ]
-    rows += [
-        Row(f"{task}, {label} \u2191", rated("ifeval", key), share_with_interval, differ)
-        for key, label in IFEVAL_FIGURES
-    ]
-    rows += [
-        Row(
-            "Answer length, mean (tokens)",
-            plain("ifeval", "mean_response_tokens"),
-            lambda e: figure(e.value, 3),
-            change,
-        ),
-        Row("Answers cut off", plain("ifeval", "no_stop_rate"), lambda e: percent(e.value), differ),
-        Row("Answers that repeat", plain("ifeval", "repetition_rate"), lambda e: percent(e.value), differ),
-        Row(
-            "Prefill (tokens/s) \u2191",
-            plain("latency", "prefill_tokens_per_s", "prefill_tokens_per_second"),
-            lambda e: figure(e.value, 3),
-            change,
-        ),
-        Row(
-            "Decode (tokens/s) \u2191",
-            plain("latency", "decode_tokens_per_s", "decode_tokens_per_second"),
-            lambda e: figure(e.value, 3),
-            change,
-        ),
-        Row(
-            "Time to first token (s) \u2193", plain("latency", "ttft_s"), lambda e: figure(e.value, 3), change
-        ),
-        Row(
-            "Peak memory \u2193",
-            plain("latency", "peak_memory_bytes", "peak_bytes"),
-            lambda e: size(e.value),
-            change,
-        ),
-    ]
-    return rows
+    return row.versus(facts.teacher, facts.student, before.value, after.value) if before and after else ""
 
 
 def _caption(facts: Facts, rows: list[tuple[str, ...]]) -> str:

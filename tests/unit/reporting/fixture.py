@@ -21,7 +21,7 @@ def only_pruned() -> dict[str, Any]:
     report = results["stages"]["prune"]["report"]
     report |= {"refitted": 0, "criterion": "magnitude", "refit": False}
     del report["layers"]
-    results |= {"models": {}, "final": None, "notes": [], "parent_card": {}}
+    results |= {"models": {}, "final": None, "notes": [], "parent_card": {}, "verification": {}}
     return results
 
 
@@ -61,7 +61,7 @@ def _held_out(steps: int, kl: tuple[float, float], top1: tuple[float, float]) ->
 
 
 def _fidelity(agreement: float, kl: float, perplexity: float) -> dict[str, Any]:
-    return {
+    figures = {
         "top1_agreement": agreement,
         "top5_agreement": min(1.0, agreement + 0.125),
         "kl_mean": kl,
@@ -79,6 +79,10 @@ def _fidelity(agreement: float, kl: float, perplexity: float) -> dict[str, Any]:
             "teacher_perplexity": [7.1, 7.66],
         },
     }
+    answers = {"top1_agreement": agreement - 0.021, "kl_mean": kl * 1.2, "num_tokens": 12_004}
+    corpus = {"top1_agreement": agreement + 0.011, "kl_mean": kl * 0.9, "num_tokens": 40_121}
+    settings = {"dtype": "bfloat16", "device": "cpu"}
+    return {**figures, "tokens": "all", "response": answers, "corpus": corpus, "settings": settings}
 
 
 def _share(correct: int, total: int) -> dict[str, Any]:
@@ -130,6 +134,12 @@ def _ifeval(prompt_strict: int, inst_strict: int, level: float) -> dict[str, Any
         "mean_response_tokens": 241.5 + 90 * (0.4 - level),
         "median_response_tokens": 201.0,
         "no_stop_rate": round(0.21 - level / 10, 4),
+        "settings": {
+            "prompts": "google/IFEval",
+            "comparable": {"do_sample": False, "max_new_tokens": 512, "checkers": "lm-eval 0.4.13"},
+            "dtype": "bfloat16",
+            "device": "cpu",
+        },
     }
 
 
@@ -268,15 +278,16 @@ _FULL: dict[str, Any] = {
         "evaluate": {
             "report": {
                 "final": "recovered",
-                "comparisons": {
-                    "ifeval": {
-                        "verdict": "not enough data",
-                        "difference": -0.0156,
-                        "ci95": [-0.0392, 0.0081],
-                        "mcnemar_p": 0.21,
-                        "margin": 0.01,
-                        "flips": {"lost": 31, "gained": 22},
-                    }
+                "comparison": {
+                    "verdict": "not enough data",
+                    "metric": "inst_level_strict",
+                    "margin": 0.01,
+                    "num_prompts": 541,
+                    "difference": -0.0156,
+                    "ci95": [-0.0392, 0.0081],
+                    "mcnemar_p": 0.21,
+                    "flips": {"prompts": {"lost": 31, "gained": 22}},
+                    "needed": {"if_no_difference": {"prompts": 11_204, "repeats": None}},
                 },
                 "notes": [],
             },
@@ -292,6 +303,7 @@ _FULL: dict[str, Any] = {
             "latency": {
                 "prefill_tokens_per_s": 1_913.0,
                 "decode_tokens_per_s": 21.9,
+                "peak_memory_kind": "process_resident",
                 "ttft_s": 0.134,
                 "peak_memory_bytes": 412_000_000,
             },
@@ -306,11 +318,27 @@ _FULL: dict[str, Any] = {
             "latency": {
                 "prefill_tokens_per_s": 2_122.0,
                 "decode_tokens_per_s": 23.7,
+                "prefill_speedup": 1.112,
+                "decode_speedup": 1.085,
+                "peak_memory_kind": "process_resident",
                 "ttft_s": 0.121,
                 "peak_memory_bytes": 385_000_000,
             },
         },
     },
+    "verification": {
+        "ok": True,
+        "problems": [],
+        "engines": {
+            "transformers": {"ok": True, "why": "every tensor of LlamaForCausalLM is there"},
+            "vllm_speculative": {"ok": False, "why": "the model has no multi-token-prediction head"},
+        },
+        "alignment": {"GGUF K-quants": "1280 is a multiple of 256; no tensor falls back."},
+        "compared": {"untouched": 62, "cut": 30, "refitted": 30, "trained": 210},
+    },
     "final": "recovered",
-    "notes": ["recover: 3 rows of the corpus left out: no response within sequence_length."],
+    "notes": [
+        "distill: 3 rows of the corpus left out: no response within sequence_length.",
+        "recover: 3 rows of the corpus left out: no response within sequence_length.",
+    ],
 }

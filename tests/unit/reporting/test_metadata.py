@@ -7,7 +7,7 @@ from huggingface_hub import ModelCard
 from regrow.reporting.facts import read_facts
 from regrow.reporting.metadata import card_data
 from regrow.reporting.parent import read_parent
-from regrow.reporting.table import ifeval_name
+from regrow.reporting.rows import ifeval_name
 from unit.reporting.fixture import full_results, only_pruned
 
 
@@ -60,9 +60,9 @@ def test_no_relation_is_claimed_for_an_unknown_parent():
 )
 def test_only_ifeval_is_called_ifeval(prompts, counts, expected, dataset):
     results = full_results()
-    results["recipe"]["evaluate"]["ifeval"]["prompts"] = prompts
     for name in ("teacher", "recovered"):
         figures = results["models"][name]["ifeval"]
+        figures["settings"]["prompts"] = prompts
         for key, total in zip(("prompt_level_strict", "inst_level_strict"), counts, strict=True):
             figures[key] = {"correct": 10, "total": total, "accuracy": 10 / total}
     facts = read_facts(results)

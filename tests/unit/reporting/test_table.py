@@ -28,8 +28,17 @@ def test_rows_of_a_full_run():
     assert rows["Held-out perplexity ↓"][0] == "7.38 [7.10, 7.66]"
     assert rows["Held-out perplexity ↓"][-1] == "+2.7 %"
     assert rows["IFEval, instruction level, strict ↑"][-1] == "−1.6 points"
-    assert rows["Decode (tokens/s) ↑"] == ("21.9", "–", "–", "23.7", "+8.2 %")
+    assert rows["Decode (tokens/s) ↑"] == ("21.9", "–", "–", "23.7", "+8.5 %")
     assert all(len(row) == len(header) - 1 for row in rows.values())
+
+
+def test_speed_ratios_are_the_paired_ones_where_measured():
+    results = full_results()
+    del results["models"]["recovered"]["latency"]["decode_speedup"]
+    _, rows = rows_of(results)
+    assert rows["Prefill (tokens/s) ↑"][-1] == "+11.2 %"  # prefill_speedup 1.112
+    assert rows["Decode (tokens/s) ↑"][-1] == "+8.2 %"  # 23.7 / 21.9
+    assert "Peak memory (whole process) ↓" in rows
 
 
 def test_rows_that_nobody_measured_are_absent():
