@@ -1,5 +1,7 @@
 """From a folder to a loaded model, its tokenizer and a device. Safetensors only; no pickle is read."""
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.utils import logging as hf_logging
 
 from regrow.errors import UserError
 from regrow.files import read_json
@@ -44,13 +47,14 @@ def load_model(
     if dtype != "auto" and dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use auto, {', '.join(_DTYPES)}.")
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=_DTYPES.get(dtype, dtype),
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with _no_progress_bars():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=_DTYPES.get(dtype, dtype),
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise UserError(f"{folder} cannot be loaded: {_one_line(error)}") from None
     except Exception as error:  # safetensors raises its own class on a damaged file
@@ -99,6 +103,18 @@ def load_config(folder: str | Path, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{folder} has no usable config.json: {_one_line(error)}") from None
+
+
+@contextlib.contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """Keep transformers' loading bars out of regrow's own progress lines."""
+    shown = hf_logging.is_progress_bar_enabled()
+    hf_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            hf_logging.enable_progress_bar()
 
 
 def _one_line(error: BaseException) -> str:
