@@ -131,8 +131,8 @@ def naive_linear_divergence(
 ):
     """Loss and its gradients with respect to student's hidden states, head and bias, all fp64.
 
-    `student_options` and `teacher_options` are the keyword arguments of `naive_logits`. Autograd differentiates
-    the loss with respect to W h; two plain products do the rest.
+    `student_options` and `teacher_options` are keyword arguments of `naive_logits`. Autograd differentiates
+    with respect to W h; two plain products do the rest.
     """
     student_options, teacher_options = dict(student_options or {}), dict(teacher_options or {})
     bias = student_options.pop("bias", None)

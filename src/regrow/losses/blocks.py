@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regrow.losses.divergences import DIVERGENCES, Block, row_dot
+from regrow.losses.divergences import DIVERGENCES, Block
 from regrow.losses.logits import LinearHead, Products, largest_entries, recompute
 from regrow.losses.scratch import Scratch
 
@@ -82,7 +82,7 @@ class BlockWorker:
         if options.entropies:
             figures |= {"entropy_student": entropy(student_NV), "entropy_teacher": entropy(teacher_NV)}
         if options.agreement and options.divergence != "forward_kl":
-            figures["kl"] = block.shift - row_dot(teacher_NV, difference_NV)
+            figures["kl"] = block.kl()
         gradient_NV = None
         if options.divergence is not None:
             divergence = DIVERGENCES[options.divergence]

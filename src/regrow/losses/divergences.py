@@ -42,20 +42,32 @@ class Block:
     difference: Tensor
     shift: Tensor
 
+    def excess(self) -> Tensor:
+        """Sum of q - p per token: 0 but for fp32 rounding of the partition functions.
+
+        Added to a KL it cancels that rounding, which enters `shift` with the opposite sign.
+        """
+        return (self.student - self.teacher).sum(-1)
+
+    def kl(self) -> Tensor:
+        """KL(teacher, student) per token; overwrites nothing."""
+        return self.shift - row_dot(self.teacher, self.difference) + self.excess()
+
 
 Divergence = Callable[[Block, float, bool], tuple[Tensor, Tensor | None]]
 
 
 def forward_kl(block: Block, beta: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """KL(teacher, student); `beta` is not used."""
-    value_N = block.shift - block.difference.mul_(block.teacher).sum(-1)
-    return value_N, block.student.sub_(block.teacher) if need_grad else None
+    mean_N = block.difference.mul_(block.teacher).sum(-1)
+    excess_NV = block.student.sub_(block.teacher)
+    return block.shift - mean_N + excess_NV.sum(-1), excess_NV if need_grad else None
 
 
 def reverse_kl(block: Block, beta: float, need_grad: bool) -> tuple[Tensor, Tensor | None]:
     """KL(student, teacher); `beta` is not used."""
     mean_N = row_dot(block.student, block.difference)
-    value_N = mean_N - block.shift
+    value_N = mean_N - block.shift - block.excess()
     if not need_grad:
         return value_N, None
     return value_N, block.difference.sub_(mean_N[:, None]).mul_(block.student)
@@ -77,7 +89,7 @@ def skewed_kl(block: Block, beta: float, need_grad: bool) -> tuple[Tensor, Tenso
     """KL(p, beta p + (1 - beta) q)."""
     ratio_NV, log_mixture_NV = _log_mixture_over_student(block, beta)
     log_ratio_NV = ratio_NV.sub_(log_mixture_NV)  # log p - log m
-    value_N = row_dot(block.teacher, log_ratio_NV)
+    value_N = row_dot(block.teacher, log_ratio_NV) + (1 - beta) * block.excess()
     if not need_grad:
         return value_N, None
     slope_NV = log_ratio_NV.expm1_().mul_(beta - 1)

@@ -6,9 +6,9 @@ which hides a student whose true KL is 1e-3. Three remedies, all exactly zero wh
 agree:
 
 - *Difference.* With a shared head the student's logits are z_t + W (h_s - h_t). The rounding of the second
-  product is relative to that difference, so that the KL and the gradient keep their leading digits.
-- *Refinement.* The teacher's largest logits carry almost all probability; they are recomputed in fp32 from the
-  few rows of the head that they need.
+  product is relative to that difference, so that KL and gradient keep their leading digits.
+- *Refinement.* The teacher's largest logits carry most of the probability; they are recomputed in fp32 from
+  the few rows of the head that they need.
 - *Residual.* A second product whose accumulator starts at minus the rounded first one returns what rounding
   dropped; both together have 16 significant bits. Costs one more product; used by `precision="exact"`.
 """
