@@ -151,7 +151,7 @@ def merge(
 def prune(
     model: Model,
     out: Out,
-    width: Annotated[int | None, typer.Option(help="Channels to keep per MLP.")] = None,
+    width: Annotated[int, typer.Option(help="Channels to keep per MLP.")],
     criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "magnitude",
     statistics: Annotated[Path | None, typer.Option(help="Statistics file of `regrow calibrate`.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file that says which channels stay.")] = None,
@@ -269,10 +269,10 @@ def _train(
 def evaluate(
     model: Annotated[str | None, typer.Argument(help="Model; not needed with --responses.")] = None,
     benchmark: Annotated[
-        Literal["fidelity", "ifeval", "latency"], typer.Option(help="What to measure.")
+        Literal["fidelity", "ifeval", "latency", "perplexity"], typer.Option(help="What to measure.")
     ] = "fidelity",
     teacher: Annotated[str | None, typer.Option(help="The parent (fidelity).")] = None,
-    data: Annotated[str | None, typer.Option(help="Held-out text (fidelity).")] = None,
+    data: Annotated[str | None, typer.Option(help="Held-out text (fidelity, perplexity).")] = None,
     prompts: Annotated[str | None, typer.Option(help="IFEval prompts: file, Hub id or builtin:dev.")] = None,
     responses: Annotated[Path | None, typer.Option(help="Score these responses, without a model.")] = None,
     sequence_length: Length = 1_024,

@@ -142,12 +142,18 @@ class LatencyOptions(Section):
 
 
 class Evaluate(Section):
-    """What is measured on the teacher and the student."""
+    """What is measured on the teacher and the student.
+
+    `reuse` names run folders, or folders of records, in which results with equal settings are looked for
+    before anything is measured (the teacher's IFEval, say).
+    """
 
     benchmarks: tuple[Literal["fidelity", "ifeval", "latency"], ...] = ("fidelity", "ifeval", "latency")
     each_stage: bool = True
     batch_size: Positive = 8
     num_rows: Positive | None = None
+    tokens: Literal["all", "response"] = "all"
+    reuse: tuple[str, ...] = ()
     ifeval: IfevalOptions = IfevalOptions()
     latency: LatencyOptions = LatencyOptions()
 

@@ -158,7 +158,7 @@ def _evaluate(context: Context) -> dict[str, Any]:
     }
     final = list(students)[-1]
     report: dict[str, Any] = {"models": {}, "final": final}
-    shared = {
+    shared: dict[str, Any] = {
         "teacher": context.parent,
         "held_out": corpus_specs((recipe.held_out,))[0],
         "corpora": corpus_specs(recipe.corpora),
@@ -167,6 +167,8 @@ def _evaluate(context: Context) -> dict[str, Any]:
         "enable_thinking": recipe.enable_thinking,
         "batch_size": section.batch_size,
         "num_rows": section.num_rows,
+        "tokens": section.tokens,
+        "reuse": [Path(folder) / part for folder in section.reuse for part in (".", _RECORDS)],
         "seed": recipe.seed,
         "device": recipe.device,
         "trust_remote_code": recipe.trust_remote_code,
@@ -262,6 +264,7 @@ def one_stage_recipe(
 
 
 MODEL_STAGES = ("prune", "distill", "recover")
+_RECORDS = Path("stages/evaluate/records")
 MODEL_NAMES = {"prune": "pruned", "distill": "distilled", "recover": "recovered"}
 
 _DATA = ("corpora", "sequence_length", "enable_thinking", "seed")
