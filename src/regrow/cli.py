@@ -105,7 +105,8 @@ def calibrate(
         bool, typer.Option(help="Also gather the channels' correlation matrices.")
     ] = True,
     method: Annotated[
-        str, typer.Option(help="in_memory, or layerwise for models larger than memory.")
+        Literal["in_memory", "layerwise"],
+        typer.Option(help="in_memory, or layerwise for models larger than memory."),
     ] = "in_memory",
     held_out_fraction: Annotated[
         float, typer.Option(help="Share of rows kept to choose the refit's ridge.")
