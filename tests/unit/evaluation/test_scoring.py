@@ -212,3 +212,10 @@ def _record(key: int, strict: list[bool], **more: Any) -> dict[str, Any]:
     kinds = ["punctuation:no_comma", "length_constraints:number_words"][: len(strict)]
     base = {"key": key, "repeat": 0, "instruction_ids": kinds, "strict": strict, "loose": strict}
     return {**base, "response": "x", "repeated_share": 0.0, **more}
+
+
+def test_the_development_set_is_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("regrow.evaluation.prompts.require_checkers", lambda kinds: None)
+    assert len(read_prompts("builtin:dev")) >= 500
+    with pytest.raises(UserError, match="name a jsonl file, a Hub dataset, or builtin:dev"):
+        read_prompts("builtin:test")
