@@ -56,7 +56,7 @@ def render_conversation(
         begin = len(render_prompt(tokenizer, messages[:position], enable_thinking))
         upto = _render(tokenizer, messages[: position + 1], enable_thinking)
         end = _common_prefix(text, upto)
-        if begin < end <= last_begin:
+        if begin < end:
             spans.append((begin, end))
     if last_begin < len(text):
         spans.append((last_begin, len(text)))

@@ -185,3 +185,29 @@ def test_unknown_caches_are_refused():
 
     with pytest.raises(UserError, match="falcon_h1 keeps its context"):
         RowCache(FalconH1Config(num_hidden_layers=2), 1)
+
+
+@pytest.mark.slow
+def test_smollm2_in_fp32_writes_the_same_text_as_one_by_one():
+    from regrow.modeling.builtin import cache_folder
+    from regrow.modeling.load import load_model, load_tokenizer
+
+    folder = cache_folder() / "models" / "smollm2-135m-instruct"
+    if not folder.exists():
+        pytest.skip("the built-in model is not in the cache; `make demo` puts it there")
+    model, tokenizer = load_model(folder, dtype="float32"), load_tokenizer(folder)
+    questions = [
+        "Name three colours.",
+        "What is 12 times 3? Answer with the number only.",
+        "Write two sentences about the sea, in capital letters, and end with the word DONE.",
+        "Translate 'good morning' into French.",
+        "Hi",
+        "List five animals, one per line, each starting with the letter C. " * 3,
+    ]
+    conversations = [[{"role": "user", "content": question}] for question in questions]
+    responses = generate_responses(
+        model, tokenizer, conversations, max_new_tokens=40, batch_size=4, progress=None
+    )
+    expected = [one_by_one(model, tokenizer, conversation, 40) for conversation in conversations]
+    assert [response.token_ids for response in responses] == expected
+    assert {response.finished for response in responses} == {True, False}
