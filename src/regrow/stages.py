@@ -148,6 +148,7 @@ def _recover(context: Context) -> dict[str, Any]:
 
 
 def _evaluate(context: Context) -> dict[str, Any]:
+    from regrow.evaluation.compare import compare_runs
     from regrow.evaluation.evaluate import evaluate_models
 
     recipe, section = context.recipe, context.recipe.evaluate
@@ -182,6 +183,9 @@ def _evaluate(context: Context) -> dict[str, Any]:
         models = every if benchmark == "fidelity" else both
         for name, figures in evaluate_models(models=models, benchmarks=(benchmark,), **shared).items():
             report["models"].setdefault(name, {}).update(figures)
+    if "ifeval" in section.benchmarks:
+        ends = [context.work / f"{name}-ifeval.json" for name in both]
+        report["comparison"] = {"ifeval": compare_runs(*ends, seed=recipe.seed)}
     shutil.copytree(context.work, context.out / "records")
     return report
 
