@@ -104,6 +104,7 @@ def calibrate(
     correlations: Annotated[
         bool, typer.Option(help="Also gather the channels' correlation matrices.")
     ] = True,
+    fisher: Annotated[bool, typer.Option(help="Also gather squared gradients (criterion fisher).")] = False,
     method: Annotated[
         Literal["in_memory", "layerwise"],
         typer.Option(help="in_memory, or layerwise for models larger than memory."),
@@ -128,6 +129,7 @@ def calibrate(
         sequence_length=sequence_length,
         batch_size=batch_size,
         correlations=correlations,
+        fisher=fisher,
         method=method,
         held_out_fraction=held_out_fraction,
         enable_thinking=thinking,
@@ -332,9 +334,18 @@ def compare(
 def synthesize(
     model: Model,
     out: Out,
-    num_prompts: Annotated[int, typer.Option(help="Conversations to write.")] = 1_500,
+    num_prompts: Annotated[int, typer.Option(help="Training prompts.")] = 1_500,
+    num_held_out: Annotated[int | None, typer.Option(help="Held-out prompts; default 16 % more.")] = None,
     constraint_share: Annotated[float, typer.Option(help="Share with checkable constraints.")] = 0.25,
-    prompts: Annotated[Path | None, typer.Option(help="Your own prompts (one a line, or jsonl).")] = None,
+    prompts: Annotated[str | None, typer.Option(help="Your own prompts: txt, jsonl or Hub id.")] = None,
+    num_self_prompts: Annotated[int, typer.Option(help="User turns that the model writes itself.")] = 0,
+    keep_out: Annotated[
+        list[Path] | None, typer.Option(help="Prompt files of benchmarks to keep out, besides IFEval.")
+    ] = None,
+    attempts: Annotated[int, typer.Option(help="Tries at a prompt with constraints.")] = 1,
+    violations: Annotated[
+        Literal["balance", "keep", "drop"], typer.Option(help="Answers that miss a constraint.")
+    ] = "balance",
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
     batch_size: Annotated[int, typer.Option(help="Conversations at a time.")] = 32,
     temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.7,
@@ -352,7 +363,12 @@ def synthesize(
         out=out,
         num_prompts=num_prompts,
         constraint_share=constraint_share,
+        num_held_out=num_held_out,
         prompts_file=prompts,
+        num_self_prompts=num_self_prompts,
+        decontaminate_against=keep_out or [],
+        attempts=attempts,
+        violations=violations,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         temperature=temperature,

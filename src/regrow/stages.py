@@ -66,10 +66,9 @@ class Stage:
 
 def needs_statistics(criterion: str, refit: bool) -> bool:
     """Whether pruning needs a calibration pass."""
-    from regrow.pruning.criteria import CRITERIA, find_criterion
+    from regrow.pruning.criteria import find_criterion
 
-    find_criterion(criterion)
-    return refit or CRITERIA[criterion].needs_statistics
+    return find_criterion(criterion).needs_statistics or refit
 
 
 def corpus_specs(corpora: tuple[Corpus, ...]) -> list[CorpusSpec]:
@@ -79,6 +78,7 @@ def corpus_specs(corpora: tuple[Corpus, ...]) -> list[CorpusSpec]:
 
 def _calibrate(context: Context) -> dict[str, Any]:
     from regrow.pruning.calibrate import calibrate
+    from regrow.pruning.criteria import find_criterion
 
     recipe = context.recipe
     return calibrate(
@@ -91,6 +91,7 @@ def _calibrate(context: Context) -> dict[str, Any]:
         device=recipe.device,
         trust_remote_code=recipe.trust_remote_code,
         **recipe.calibrate.model_dump(),
+        fisher="fisher" in find_criterion(recipe.prune.criterion).needs,
     )
 
 
