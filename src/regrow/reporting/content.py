@@ -70,7 +70,7 @@ def comparison_sentence(facts: Facts) -> str:
     text += f"; verdict: {one_line(verdict)}"
     margin = number(found, "margin")
     if margin is not None:
-        text += f" at a margin of {100 * margin:g} points"
+        text += f" at a margin of {100 * margin:g} point{'' if margin == 0.01 else 's'}"
     text += "."
     flips = section(section(found, "flips"), "prompts")
     lost, gained = number(flips, "lost"), number(flips, "gained")

@@ -1,5 +1,6 @@
 """One self-contained HTML page: headline figures, plots, the before/after table and the whole record."""
 
+import re
 from dataclasses import dataclass
 
 import jinja2
@@ -11,7 +12,7 @@ from regrow.reporting.facts import IFEVAL_FIGURES, STUDENTS, Facts, by_type, est
 from regrow.reporting.plots import Bar, Level, Panel, Series
 from regrow.reporting.rows import ifeval_name, memory_label, speed_change
 from regrow.reporting.table import before_after_table, label_of
-from regrow.reporting.text import change, count, figure, one_line, percent, points, size
+from regrow.reporting.text import change, count, figure, one_line, percent, points, short_count, size
 
 _BAR_FIGURES = (
     ("num_parameters", "Parameters", count),
@@ -52,7 +53,7 @@ def render_page(facts: Facts) -> str:
     )
     environment.filters["kind"] = lambda block: type(block).__name__
     sections = [section for section in card_sections(facts) if section.title not in _NOT_ON_PAGE]
-    return environment.get_template("page.html.jinja").render(
+    page = environment.get_template("page.html.jinja").render(
         title=one_line(facts.name),
         summary=content.summary(facts),
         tiles=tiles(facts),
@@ -61,6 +62,8 @@ def render_page(facts: Facts) -> str:
         plots=[plot for plot in draw_plots(facts) if plot.svg],
         sections=sections,
     )
+    # A figure and its unit stay on one line.
+    return re.sub(r"(?<=\d) %", "\u00a0%", page)
 
 
 def tiles(facts: Facts) -> list[Tile]:
@@ -71,8 +74,8 @@ def tiles(facts: Facts) -> list[Tile]:
     found = []
     if student.num_parameters:
         before = teacher.num_parameters if teacher else None
-        note = f"{change(before, student.num_parameters)}, from {count(before)}" if before else ""
-        found.append(Tile("Parameters", count(student.num_parameters), note))
+        note = f"{change(before, student.num_parameters)}, from {short_count(before)}" if before else ""
+        found.append(Tile("Parameters", short_count(student.num_parameters), note))
     agreement = estimate(student.fidelity, "top1_agreement")
     if agreement:
         found.append(Tile("Held-out agreement with the teacher", percent(agreement.value), _range(agreement)))
@@ -238,7 +241,9 @@ def _bars_plot(facts: Facts) -> str:
     for key, label, write in _BAR_FIGURES:
         before, after = (getattr(m, key, None) or number(m.latency, key) for m in (teacher, student))
         if before and after:
-            gain = speed_change(student, key.replace("tokens_per_s", "speedup"), before, after)
+            gain = change(before, after)
+            if key.endswith("_tokens_per_s"):
+                gain = speed_change(student, key.replace("tokens_per_s", "speedup"), before, after)
             if key == "peak_memory_bytes":
                 label = memory_label(facts).removesuffix(" \u2193")
             rows.append(Bar(label, before, after, write(before), f"{write(after)} ({gain})"))

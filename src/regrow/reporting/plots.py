@@ -107,6 +107,7 @@ def lines(name: str, panels: Sequence[Panel], xlabel: str, description: str) -> 
                 )
             ax.set_title(_plain(panel.title), loc="left")
             ax.set_xlabel(_plain(xlabel))
+            ax.xaxis.get_major_locator().set_params(integer=True)
             if panel.percent:
                 ax.yaxis.set_major_formatter(lambda value, _: f"{100 * value:g} %")
             if panel.from_zero:

@@ -141,4 +141,7 @@ def test_the_table_shows_figures_and_intervals(full_run):
     _, _, page = full_run
     plain = " ".join(re.sub(r"<[^>]*>", " ", page).split())
     assert "Held-out top-1 agreement ↑ – 85.8 % [85.2, 86.4] 86.5 % [85.9, 87.1] 86.8 % [86.2, 87.4]" in plain
-    assert "verdict: not enough data at a margin of 1 points" in plain
+    assert "verdict: not enough data at a margin of 1 point." in plain
+    assert "121,243,968 (−9.9 %)" in plain
+    assert "385.0 MB (−6.6 %)" in plain
+    assert "23.7 (+8.5 %)" in plain
