@@ -59,7 +59,7 @@ def row_blocks(num_tokens: int, vocab_size: int, device: torch.device) -> Iterat
 
 
 class BlockWorker:
-    """Computes a block's results in three fp32 buffers of its own."""
+    """Computes a block's results, overwriting the rows of the products where these are fp32."""
 
     def __init__(
         self, student: LinearHead, teacher: LinearHead, options: BlockOptions, scratch: Scratch
@@ -101,27 +101,35 @@ class BlockWorker:
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """fp32 logits of teacher and student, student minus teacher, and the teacher's largest columns."""
         student, teacher, temperature = self._student, self._teacher, self._options.temperature
-        shape = products.teacher[0][rows].shape
-        teacher_NV, student_NV, difference_NV = (
-            self._scratch.take(name, shape, torch.float32) for name in ("p", "q", "difference")
-        )
-        _sum_into(teacher_NV, products.teacher, rows, difference_NV)
+        teacher_NV = self._sum("p", products.teacher, rows)
         top_NK = largest_entries(teacher_NV, _NUM_LARGEST)
         if products.refine:
             recompute(teacher_NV, top_NK, teacher_ND[rows], teacher.weight)
-        if not products.is_difference:
-            _sum_into(student_NV, products.student, rows, difference_NV)
-        else:
-            _sum_into(difference_NV, products.student, rows, student_NV)
+        if products.is_difference:
+            difference_NV = self._sum("difference", products.student, rows)
+            student_NV = self._scratch.take("q", teacher_NV.shape, torch.float32)
             torch.add(teacher_NV, difference_NV, out=student_NV)
             if _is_unchanged(student, temperature) and _is_unchanged(teacher, temperature):
                 return teacher_NV, student_NV, difference_NV, top_NK
+        else:
+            student_NV = self._sum("q", products.student, rows)
+            difference_NV = self._scratch.take("difference", teacher_NV.shape, torch.float32)
         student.finish(student_NV, temperature)
         teacher.finish(teacher_NV, temperature)
         torch.sub(student_NV, teacher_NV, out=difference_NV)
         if teacher.bias is not None or teacher.scale < 0:  # nothing else moves the order
             top_NK = largest_entries(teacher_NV, _NUM_LARGEST)
         return teacher_NV, student_NV, difference_NV, top_NK
+
+    def _sum(self, name: str, terms: tuple[Tensor, ...], rows: slice) -> Tensor:
+        """fp32 sum of the terms' rows; takes the place of the first term where that is fp32."""
+        total_NV = terms[0][rows]
+        if total_NV.dtype != torch.float32:
+            total_NV = self._scratch.take(name, total_NV.shape, torch.float32).copy_(total_NV)
+        for term_NV in terms[1:]:
+            spare_NV = self._scratch.take("spare", total_NV.shape, torch.float32)
+            total_NV.add_(spare_NV.copy_(term_NV[rows]))
+        return total_NV
 
     def _labels(
         self, student_NV: Tensor, teacher_NV: Tensor, labels_N: Tensor, figures: dict[str, Tensor]
@@ -176,12 +184,6 @@ def _best(values_NV: Tensor, candidates_NK: Tensor) -> Tensor:
     values_NK = values_NV.gather(1, candidates_NK)
     is_best_NK = values_NK == values_NK.amax(1, keepdim=True)
     return torch.where(is_best_NK, candidates_NK, values_NV.shape[1]).amin(1)
-
-
-def _sum_into(out_NV: Tensor, terms: tuple[Tensor, ...], rows: slice, scratch_NV: Tensor) -> None:
-    out_NV.copy_(terms[0][rows])
-    for term_NV in terms[1:]:
-        out_NV.add_(scratch_NV.copy_(term_NV[rows]))
 
 
 def _is_unchanged(head: LinearHead, temperature: float) -> bool:

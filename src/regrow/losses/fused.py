@@ -17,7 +17,7 @@ from regrow.losses.logits import LinearHead, gradient_dtype, multiply, multiply_
 from regrow.losses.scratch import Scratch
 
 _CPU_LEAST_BYTES, _CPU_MOST_BYTES = 16 * 2**20, 128 * 2**20
-_GPU_CHUNK_BYTES = 256 * 2**20
+_GPU_CHUNK_BYTES = 192 * 2**20  # of one [N, V] fp32 buffer; three to four are held
 PRECISIONS = ("auto", "exact", "bf16_products")
 
 
