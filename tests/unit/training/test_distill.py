@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from training_case import QUICK, make_case, same_bytes, tensors_of
 from transformers import AutoModelForCausalLM
 
 from regrow.data.blend import encode_corpora
@@ -16,6 +15,7 @@ from regrow.training import trainer as trainer_module
 from regrow.training.distill import distill
 from regrow.training.rows import plan_run
 from regrow.training.trainer import DistillTrainer
+from training_case import QUICK, make_case, same_bytes, tensors_of
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,8 @@ def naive_gradients(case, plan, tokens, loss, temperature):
     tokenizer = load_tokenizer(case["student"])
     rows = encode_corpora(tokenizer, case["corpora"], max_length=QUICK["sequence_length"], seed=0).rows
     student, teacher = (
-        AutoModelForCausalLM.from_pretrained(case[name], dtype=torch.float64) for name in ("student", "teacher")
+        AutoModelForCausalLM.from_pretrained(case[name], dtype=torch.float64)
+        for name in ("student", "teacher")
     )
     total, count = torch.zeros((), dtype=torch.float64), 0
     for number in (number for batch in plan for number in batch):
@@ -43,7 +44,9 @@ def naive_gradients(case, plan, tokens, loss, temperature):
                 total = total + (left.exp() * (left - right)).sum()
                 count += 1
     (total / count).backward()
-    return float((total / count).detach()), {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+    return float((total / count).detach()), {
+        n: p.grad for n, p in student.named_parameters() if p.grad is not None
+    }
 
 
 @pytest.mark.parametrize(
@@ -161,8 +164,12 @@ def test_cached_teacher_gives_the_same_curve(case, tmp_path):
     settings = QUICK | {"precision": "bf16_mixed"}
     live = distill(**case, out=tmp_path / "a", work_dir=tmp_path / "wa", **settings)
     cached = distill(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", teacher_mode="cached", **settings)
-    assert [e["loss"] for e in cached["losses"]] == pytest.approx([e["loss"] for e in live["losses"]], rel=0.02)
-    assert [e["kl"] for e in cached["held_out"]] == pytest.approx([e["kl"] for e in live["held_out"]], rel=0.02)
+    assert [e["loss"] for e in cached["losses"]] == pytest.approx(
+        [e["loss"] for e in live["losses"]], rel=0.02
+    )
+    assert [e["kl"] for e in cached["held_out"]] == pytest.approx(
+        [e["kl"] for e in live["held_out"]], rel=0.02
+    )
 
 
 def test_full_stores_need_no_teacher(case, tmp_path, monkeypatch):
@@ -217,9 +224,7 @@ def poisoned(monkeypatch, steps):
 
 def test_a_broken_step_is_skipped_where_asked(case, tmp_path, monkeypatch):
     poisoned(monkeypatch, {3})
-    report = distill(
-        **case, out=tmp_path / "out", work_dir=tmp_path / "work", on_spike="skip", **QUICK
-    )
+    report = distill(**case, out=tmp_path / "out", work_dir=tmp_path / "work", on_spike="skip", **QUICK)
     assert [entry["step"] for entry in report["skipped_steps"]] == [3]
     assert all(math.isfinite(entry["loss"]) for entry in report["losses"])
     assert report["held_out"][-1]["kl"] < report["held_out"][0]["kl"]
@@ -239,7 +244,8 @@ def test_skipping_for_ever_stops(case, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")]
+    "error",
+    [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory")],
 )
 def test_out_of_memory_says_what_to_change(case, tmp_path, monkeypatch, error):
     def fail(*args, **kwargs):

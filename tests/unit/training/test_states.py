@@ -41,7 +41,7 @@ def test_damage_is_found_when_the_row_is_read(tmp_path):
     raw.flush()
     again = StateStore(tmp_path / "s", IDENTITY, [3, 2], 8)
     again.read(0)
-    with pytest.raises(RunError, match="Row 1 of .* is damaged"):
+    with pytest.raises(RunError, match=r"Row 1 of .* is damaged"):
         again.read(1)
 
 

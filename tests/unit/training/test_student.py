@@ -1,6 +1,5 @@
 import pytest
 import torch
-from tiny_models import save_tiny_model
 
 from regrow.checkpoint import CheckpointReader
 from regrow.errors import UserError
@@ -8,6 +7,7 @@ from regrow.modeling.hidden import final_hidden
 from regrow.modeling.load import load_model
 from regrow.training.result import changed_tensors, places
 from regrow.training.student import HiddenStates, set_precision, share_frozen, stored_dtypes, trained_names
+from tiny_models import save_tiny_model
 
 
 def load(folder, family, dtype="float32", stored=torch.bfloat16):
