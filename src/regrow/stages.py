@@ -116,8 +116,6 @@ def _train(
     out: Path,
 ) -> dict[str, Any]:
     recipe = context.recipe
-    options = section.model_dump()
-    options["teacher_mode"] = options.pop("teacher")  # `teacher` is the folder
     return function(
         student=student,
         teacher=context.parent,
@@ -132,7 +130,7 @@ def _train(
         trust_remote_code=recipe.trust_remote_code,
         shards=recipe.prune.shards,
         max_shard_size=recipe.prune.max_shard_size,
-        **options,
+        **section.model_dump(),
     )
 
 
