@@ -161,11 +161,12 @@ def _read_tensors(folder: Path) -> dict[str, TensorInfo]:
                 problem = "is in a second shard too" if tensor.name in weight_map else "is not in the index"
                 raise UserError(f"{tensor.name!r} of the shard {folder / file} {problem}; fetch both again.")
             found[tensor.name] = tensor
-    if missing := next((name for name in weight_map if name not in found), None):
-        raise UserError(
-            f"The shard {folder / weight_map[missing]} lacks {missing!r}, which the index puts there; "
-            "fetch both again."
-        )
+    for name in weight_map:
+        if name not in found:
+            raise UserError(
+                f"The shard {folder / weight_map[name]} lacks {name!r:.80}, which the index puts there; "
+                "fetch both again."
+            )
     return {name: found[name] for name in weight_map}
 
 

@@ -96,8 +96,7 @@ class Family:
         for key in ("num_key_value_heads", "head_dim"):
             _require_size(settings, key)
         for spec in self.mlps:
-            if settings.get(spec.width_key) is not None:
-                _require_size(settings, spec.width_key)
+            _require_size(settings, spec.width_key)
         if settings["num_hidden_layers"] > _MOST_LAYERS:
             raise UserError(f"config.json: num_hidden_layers is {settings['num_hidden_layers']}; mend it.")
         # Two names for one thing; transformers writes either.

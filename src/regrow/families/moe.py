@@ -86,8 +86,18 @@ def _mixtral_layer(c: Settings, layer: int) -> Shapes:
     }
 
 
-_QWEN2_MOE = {"num_experts": 60, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
-_QWEN3_MOE = {"num_experts": 128, "moe_intermediate_size": 768, "num_key_value_heads": 4}
+_QWEN2_MOE = {
+    "intermediate_size": 5632,
+    "num_experts": 60,
+    "moe_intermediate_size": 1408,
+    "shared_expert_intermediate_size": 5632,
+}
+_QWEN3_MOE = {
+    "intermediate_size": 6144,
+    "num_experts": 128,
+    "moe_intermediate_size": 768,
+    "num_key_value_heads": 4,
+}
 _QWEN3_5_MOE = {
     **qwen3_5.DEFAULTS,
     "num_key_value_heads": 2,

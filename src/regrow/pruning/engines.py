@@ -2,7 +2,8 @@
 
 What each engine does with a contradiction was read in its source: one scalar width serves the trunk and the
 multi-token-prediction (MTP) layer; an MTP head that is declared and missing stops vLLM's speculative decoding
-("weights were not initialized") and llama.cpp's conversion.
+("weights were not initialized") and, in some versions, llama.cpp (its issue 26916). llama.cpp's converter of
+2026 asserts that there is a head unless it is told `--no-mtp` (tried with both settings).
 """
 
 from collections.abc import Mapping, Sequence
@@ -46,7 +47,9 @@ def engine_support(
         speculative = _no("the multi-token-prediction head was dropped, and config.json says so")
     llama_cpp = _yes("the converter finds every tensor; see alignment for quantised types")
     if not faults.mtp_ok:
-        llama_cpp = _no(f"conversion fails: {mtp_fault}")
+        llama_cpp = _no(f"versions of llama.cpp fail on this: {mtp_fault}")
+    elif family.mtp_key and not faults.mtp_declared:
+        llama_cpp = _yes("convert with --no-mtp, for the converter looks for the head that was dropped")
     others = trunk
     if family.text_key is None and "language_model" in faults.prefix:
         others = _no("its names lie under model.language_model., which a text-only model does not use")
