@@ -24,14 +24,16 @@ Model = Annotated[str, typer.Argument(help="Local folder, Hub id, or builtin:<na
 Out = Annotated[Path, typer.Option("--out", help="New folder (or file) for the result.")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything random.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto, cpu or cuda.")]
 Trust = Annotated[bool, typer.Option("--trust-remote-code", help="Run code that the model ships.")]
 CorpusFiles = Annotated[
     list[str],
     typer.Option("--corpus", help="json/jsonl/parquet file, Hub dataset, or builtin:<name>; repeatable."),
 ]
-Length = Annotated[int, typer.Option("--sequence-length", help="Tokens after which a row is truncated.")]
+Length = Annotated[
+    int, typer.Option("--sequence-length", min=1, help="Tokens after which a row is truncated.")
+]
 Thinking = Annotated[
     bool | None,
     typer.Option("--thinking/--no-thinking", help="Chat template's thinking mode, where it has one."),
@@ -82,7 +84,9 @@ def run(
 @app.command()
 def inspect(
     model: Model,
-    width: Annotated[int | None, typer.Option(help="Also say what the model becomes at this width.")] = None,
+    width: Annotated[
+        int | None, typer.Option(min=1, help="Also say what the model becomes at this width.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Family, layers, widths, parameters and bytes by part; reads headers only."""
@@ -98,9 +102,9 @@ def calibrate(
     model: Model,
     corpus: CorpusFiles,
     out: Out,
-    num_tokens: Annotated[int, typer.Option(help="Tokens to calibrate on.")] = 65_536,
+    num_tokens: Annotated[int, typer.Option(min=1, help="Tokens to calibrate on.")] = 65_536,
     sequence_length: Length = 1_024,
-    batch_size: Annotated[int, typer.Option(help="Rows per forward pass.")] = 8,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows per forward pass.")] = 8,
     correlations: Annotated[
         bool, typer.Option(help="Also gather the channels' correlation matrices.")
     ] = True,
@@ -154,13 +158,13 @@ def merge(
 def prune(
     model: Model,
     out: Out,
-    width: Annotated[int, typer.Option(help="Channels to keep per MLP.")],
+    width: Annotated[int, typer.Option(min=1, help="Channels to keep per MLP.")],
     criterion: Annotated[str, typer.Option(help="How channels are scored.")] = "magnitude",
     statistics: Annotated[Path | None, typer.Option(help="Statistics file of `regrow calibrate`.")] = None,
     plan: Annotated[Path | None, typer.Option(help="Plan file that says which channels stay.")] = None,
     refit: Annotated[bool, typer.Option(help="Refit down_proj (needs correlations).")] = False,
-    step: Annotated[int, typer.Option(help="The width must be a multiple of this.")] = 128,
-    shards: Annotated[int | None, typer.Option(help="Write exactly this many files.")] = None,
+    step: Annotated[int, typer.Option(min=1, help="The width must be a multiple of this.")] = 128,
+    shards: Annotated[int | None, typer.Option(min=1, help="Write exactly this many files.")] = None,
     max_shard_size: Annotated[str | None, typer.Option(help="Or limit their size, e.g. 5GB.")] = None,
     mtp: Annotated[
         Literal["prune", "drop"], typer.Option(help="Multi-token-prediction layer: prune or drop.")
@@ -211,7 +215,7 @@ def distill(
     teacher: Annotated[str, typer.Option(help="The parent.")],
     corpus: CorpusFiles,
     held_out: Annotated[str, typer.Option(help="Text for held-out agreement and KL.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")],
     out: Out,
     settings: Set = None,
 ) -> None:
@@ -227,7 +231,7 @@ def recover(
     teacher: Annotated[str, typer.Option(help="The parent.")],
     corpus: CorpusFiles,
     held_out: Annotated[str, typer.Option(help="Text for held-out agreement and KL.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")],
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")],
     out: Out,
     settings: Set = None,
 ) -> None:
@@ -279,9 +283,9 @@ def evaluate(
     prompts: Annotated[str | None, typer.Option(help="IFEval prompts: file, Hub id or builtin:dev.")] = None,
     responses: Annotated[Path | None, typer.Option(help="Score these responses, without a model.")] = None,
     sequence_length: Length = 1_024,
-    batch_size: Annotated[int | None, typer.Option(help="Rows at a time.")] = None,
-    limit: Annotated[int | None, typer.Option(help="Only the first rows.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 1_280,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at a time.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1_280,
     thinking: Thinking = None,
     records: Annotated[Path | None, typer.Option(help="Folder for per-item results (resumable).")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
@@ -334,20 +338,24 @@ def compare(
 def synthesize(
     model: Model,
     out: Out,
-    num_prompts: Annotated[int, typer.Option(help="Training prompts.")] = 1_500,
-    num_held_out: Annotated[int | None, typer.Option(help="Held-out prompts; default 16 % more.")] = None,
+    num_prompts: Annotated[int, typer.Option(min=1, help="Training prompts.")] = 1_500,
+    num_held_out: Annotated[
+        int | None, typer.Option(min=0, help="Held-out prompts; default 16 % more.")
+    ] = None,
     constraint_share: Annotated[float, typer.Option(help="Share with checkable constraints.")] = 0.25,
     prompts: Annotated[str | None, typer.Option(help="Your own prompts: txt, jsonl or Hub id.")] = None,
-    num_self_prompts: Annotated[int, typer.Option(help="User turns that the model writes itself.")] = 0,
+    num_self_prompts: Annotated[
+        int, typer.Option(min=0, help="User turns that the model writes itself.")
+    ] = 0,
     keep_out: Annotated[
         list[Path] | None, typer.Option(help="Prompt files of benchmarks to keep out, besides IFEval.")
     ] = None,
-    attempts: Annotated[int, typer.Option(help="Tries at a prompt with constraints.")] = 1,
+    attempts: Annotated[int, typer.Option(min=1, help="Tries at a prompt with constraints.")] = 1,
     violations: Annotated[
         Literal["balance", "keep", "drop"], typer.Option(help="Answers that miss a constraint.")
     ] = "balance",
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 512,
-    batch_size: Annotated[int, typer.Option(help="Conversations at a time.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 32,
     temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.7,
     thinking: Thinking = None,
     seed: Seed = 0,

@@ -14,6 +14,15 @@ from typing import Any
 from regrow.errors import RunError, UserError
 
 _CHUNK_BYTES = 1 << 22
+_NO_PLACE = (
+    errno.EACCES,
+    errno.EROFS,
+    errno.EPERM,
+    errno.ENOTDIR,
+    errno.EISDIR,
+    errno.EEXIST,
+    errno.ENAMETOOLONG,
+)
 
 
 def sha256_file(path: str | Path) -> str:
@@ -48,8 +57,15 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write a JSON value so that a reader sees the old file or the whole new one."""
+    """Write a JSON value so that a reader sees the old file or the whole new one.
+
+    Raises:
+        UserError: the folder does not exist or cannot be written to.
+        RunError: the disk is full.
+    """
     path = Path(path)
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written, its folder does not exist; make it or name another.")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with disk_errors(path):
         partial.write_text(
@@ -85,8 +101,9 @@ def publish_folder(out: str | Path) -> Iterator[Path]:
         partial = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
     try:
         partial.chmod(0o755)
-        with disk_errors(out):
+        with disk_errors(out, only_full=True):  # other errors of the block are about its own inputs
             yield partial
+        with disk_errors(out):
             if out.exists():
                 out.rmdir()
             os.rename(partial, out)
@@ -96,8 +113,8 @@ def publish_folder(out: str | Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def disk_errors(target: str | Path) -> Iterator[None]:
-    """Turn a full disk or a refused write into one sentence."""
+def disk_errors(target: str | Path, *, only_full: bool = False) -> Iterator[None]:
+    """Turn a full disk, or (unless `only_full`) a refused write, into one sentence."""
     try:
         yield
     except OSError as error:
@@ -105,8 +122,8 @@ def disk_errors(target: str | Path) -> Iterator[None]:
             raise RunError(
                 f"The disk is full while writing {target}; free some space and run again."
             ) from None
-        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            raise UserError(f"{target} cannot be written ({error.strerror}); name another folder.") from None
+        if error.errno in _NO_PLACE and not only_full:
+            raise UserError(f"{target} cannot be written ({error.strerror}); name another place.") from None
         raise
 
 

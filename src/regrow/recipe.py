@@ -158,11 +158,14 @@ class Evaluate(Section):
 
 
 class Report(Section):
-    """What only a person can say about the published model."""
+    """What only a person can say about the published model.
+
+    `country` (ISO 3166, three letters) lets codecarbon, where it is installed, turn energy into carbon.
+    """
 
     model_id: str | None = None
     authors: str | None = None
-    push_to_hub: bool = False
+    country: Annotated[str, Field(pattern=r"^[A-Z]{3}$")] | None = None
 
 
 class Recipe(Section):

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 
 from regrow import __version__
+from regrow.energy import measured_energy
 from regrow.errors import UserError
 from regrow.files import disk_errors, publish_folder, read_json, sha256_json, write_json
 from regrow.progress import say
@@ -58,16 +59,18 @@ def run_recipe(
     from regrow.modeling.sources import resolve_model
 
     check_names(recipe, start, until)
-    _claim(run_dir, recipe)
+    _check_folder(run_dir, recipe)
+    parent = resolve_model(recipe.model, recipe.revision)
+    check_width(recipe, parent)
+    steps = plan_run(recipe, run_dir, start=start, until=until)
+    # All manifests before any work or file: a bad corpus or a mismatch is said now, not after hours.
+    manifests = _manifests(recipe, parent, [step.stage for step in steps])
+    for step in steps:
+        if step.action == "skip":
+            _require_match(step, manifests[step.stage.name], run_dir)
+    if not (run_dir / "recipe.yaml").exists():
+        _write_recipe(run_dir, recipe)
     with _locked(run_dir):
-        parent = resolve_model(recipe.model, recipe.revision)
-        check_width(recipe, parent)
-        steps = plan_run(recipe, run_dir, start=start, until=until)
-        # All manifests before any work: a bad corpus or a mismatch is said now, not after hours.
-        manifests = _manifests(recipe, parent, [step.stage for step in steps])
-        for step in steps:
-            if step.action == "skip":
-                _require_match(step, manifests[step.stage.name], run_dir)
         finished: dict[str, Path] = {}
         for step in steps:
             name = step.stage.name
@@ -157,7 +160,10 @@ def _run_stage(
     with disk_errors(run_dir):
         work.mkdir(parents=True, exist_ok=True)
     with publish_folder(step.folder) as out:
-        report = step.stage.run(Context(recipe, parent, out, work, run_dir, dict(finished)))
+        with measured_energy(recipe.report.country) as energy:
+            report = step.stage.run(Context(recipe, parent, out, work, run_dir, dict(finished)))
+        if energy:
+            report["emissions"] = energy
         write_json(out / "report.json", report)
         write_json(out / "manifest.json", manifest | {"seconds": round(time.monotonic() - start, 2)})
     shutil.rmtree(work, ignore_errors=True)
@@ -205,8 +211,8 @@ def check_names(recipe: Recipe, start: str | None, until: str | None) -> None:
         raise UserError(f"--from {start} comes after --until {until}; swap them.")
 
 
-def _claim(run_dir: Path, recipe: Recipe) -> None:
-    """Take a folder for a run: it must be new, empty, or hold a run of a recipe of the same name."""
+def _check_folder(run_dir: Path, recipe: Recipe) -> None:
+    """A run's folder must be new, empty, or hold a run of a recipe of the same name."""
     marker = run_dir / "recipe.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file; name a folder with --out.")
@@ -219,8 +225,6 @@ def _claim(run_dir: Path, recipe: Recipe) -> None:
             raise UserError(
                 f"{run_dir} holds the run {other!r}, not {recipe.name!r}; name another folder with --out."
             )
-    else:
-        _write_recipe(run_dir, recipe)
 
 
 def _write_recipe(run_dir: Path, recipe: Recipe) -> None:

@@ -192,6 +192,7 @@ def _evaluate(context: Context) -> dict[str, Any]:
 
 
 def _report(context: Context) -> dict[str, Any]:
+    from regrow.pruning.verify import verify_checkpoint
     from regrow.reporting.report import write_report
     from regrow.reporting.results import gather_results
 
@@ -203,6 +204,7 @@ def _report(context: Context) -> dict[str, Any]:
     results = gather_results(
         recipe=context.recipe.model_dump(mode="json"), parent=context.parent, stages=context.finished
     )
+    results["verification"] = verify_checkpoint(model, against=context.parent, trained=True)
     write_json(context.run_dir / "results.json", results)
     return write_report(run_dir=context.run_dir)
 

@@ -213,21 +213,6 @@ CASES = {
         2,
         "empty_answers.jsonl",
     ),
-    "no tokens to calibrate on": (
-        "calibrate {w}/model --corpus {w}/good.jsonl --num-tokens 0 --out {o}",
-        2,
-        "tokens",
-    ),
-    "batch of nothing": (
-        "calibrate {w}/model --corpus {w}/good.jsonl --batch-size 0 --out {o}",
-        2,
-        "batch",
-    ),
-    "unknown calibration method": (
-        "calibrate {w}/model --corpus {w}/good.jsonl --method magic --out {o}",
-        2,
-        "magic",
-    ),
     "model with NaN weights": (
         "calibrate {w}/sick --corpus {w}/good.jsonl --device cpu --out {o}",
         1,
@@ -356,6 +341,9 @@ def test_the_command_itself_exits_so(world):
         "run x.yaml --sett a=b",
         "evaluate x --benchmark iq",
         "calibrate x --corpus y --out z --device abacus",
+        "calibrate x --corpus y --out z --method magic",
+        "calibrate x --corpus y --out z --batch-size 0",
+        "calibrate x --corpus y --out z --num-tokens 0",
     ],
 )
 def test_usage_errors_show_no_traceback(arguments, monkeypatch, capfd):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from regrow.errors import UserError
+from regrow.errors import RunError, UserError
 
 # What families do to the logits besides the matrix product, by the name their configs give it.
 _MULTIPLIERS = {"logit_scale": False, "lm_head_multiplier": False, "logits_scaling": True}  # True: divides
@@ -76,6 +76,7 @@ def check_head(model: nn.Module) -> None:
 
     Raises:
         UserError: they differ, so the architecture does something to its logits that regrow does not know.
+        RunError: the logits are not finite.
     """
     causal = causal_model(model)
     head = head_of(model)
@@ -84,6 +85,8 @@ def check_head(model: nn.Module) -> None:
     mask = torch.ones_like(input_ids)
     expected = causal(input_ids=input_ids, attention_mask=mask, use_cache=False).logits.float()
     actual = head.logits(final_hidden(model, input_ids, mask)).float()
+    if not expected.isfinite().all():
+        raise RunError(f"{type(causal).__name__} gives logits that are not finite; its weights are damaged.")
     tolerance = 0.02 if head.weight_VD.dtype != torch.float32 else 1e-4
     if not torch.allclose(actual, expected, atol=tolerance * float(expected.abs().max()), rtol=0):
         raise UserError(

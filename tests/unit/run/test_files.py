@@ -10,7 +10,15 @@ import time
 import pytest
 
 from regrow.errors import RunError, UserError
-from regrow.files import publish_folder, read_json, require_new_folder, sha256_file, sha256_json, write_json
+from regrow.files import (
+    disk_errors,
+    publish_folder,
+    read_json,
+    require_new_folder,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 
 
 def test_folder_appears_only_when_whole(tmp_path):
@@ -67,9 +75,24 @@ def test_existing_results_are_never_overwritten(tmp_path):
     [(errno.ENOSPC, RunError, "disk is full"), (errno.EROFS, UserError, "cannot be written")],
 )
 def test_disk_errors_are_one_sentence(tmp_path, code, kind, words):
-    with pytest.raises(kind, match=words), publish_folder(tmp_path / "out"):
+    with pytest.raises(kind, match=words), disk_errors(tmp_path / "out"):
         raise OSError(code, os.strerror(code))
+
+
+def test_full_disk_is_named_and_other_errors_of_a_block_pass_through(tmp_path):
+    with pytest.raises(RunError, match="disk is full"), publish_folder(tmp_path / "out"):
+        raise OSError(errno.ENOSPC, "no space")
+    with pytest.raises(FileNotFoundError), publish_folder(tmp_path / "out"):
+        (tmp_path / "missing input").read_text()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_places_that_cannot_hold_a_result(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"), publish_folder(tmp_path / "file" / "out"):
+        pass
+    with pytest.raises(UserError, match="folder does not exist"):
+        write_json(tmp_path / "nowhere" / "x.json", {})
 
 
 def test_json_round_trip_and_refusals(tmp_path):
