@@ -12,8 +12,9 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from tiny_models import save_tiny_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tiny_models import save_tiny_model
 
 TASKS = ["Name a colour", "Count to three", "Say hello", "Write a short line", "Name an animal"]
 
@@ -131,7 +132,17 @@ def test_killed_run_ends_at_the_same_weights(tmp_path):
     recipe = write_recipe(tmp_path, parent, recover=None)
     regrow("run", recipe, "--out", tmp_path / "whole", "--until", "distill")
 
-    command = [sys.executable, "-m", "regrow", "run", recipe, "--out", tmp_path / "killed", "--until", "distill"]
+    command = [
+        sys.executable,
+        "-m",
+        "regrow",
+        "run",
+        recipe,
+        "--out",
+        tmp_path / "killed",
+        "--until",
+        "distill",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     process = subprocess.Popen([*map(str, command)], env=environment, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 200

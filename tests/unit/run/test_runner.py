@@ -42,7 +42,7 @@ class Calls:
         return Stage(name, inputs, reads, run)
 
 
-@pytest.fixture()
+@pytest.fixture
 def calls(monkeypatch) -> Calls:
     calls = Calls()
     table = (
@@ -153,6 +153,6 @@ def test_second_process_is_refused(calls, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("start", "until"), [("fourth", None), (None, "zero"), ("third", "first")])
 def test_unknown_stage_names(calls, tmp_path, start, until):
-    with pytest.raises(UserError, match="--from|--until"):
+    with pytest.raises(UserError, match=r"--from|--until"):
         runner.run_recipe(make_recipe(), tmp_path / "run", start=start, until=until)
     assert not (tmp_path / "run").exists()
