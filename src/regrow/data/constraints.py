@@ -10,18 +10,15 @@ import importlib
 import os
 import random
 import re
-import subprocess
-import sys
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from regrow.data.punkt import require_punkt
 from regrow.errors import UserError
-from regrow.progress import say
 
-_DOWNLOAD_TIMEOUT_S = 20.0
 _RELATIONS = ("less than", "at least")
 
 # Arguments of every kind of constraint: name -> type. An argument that is absent would be drawn at random by
@@ -150,7 +147,7 @@ def require_checkers(instruction_ids: Sequence[str]) -> None:
     """
     _checkers()
     if PUNKT_KINDS.intersection(instruction_ids):
-        _require_punkt(os.environ.get("NLTK_DATA", ""))
+        require_punkt()
 
 
 @lru_cache(maxsize=1)
@@ -169,41 +166,6 @@ def _checkers() -> types.ModuleType:
         raise UserError(
             f"The IFEval checkers cannot be loaded ({error}); run pip install 'lm-eval[ifeval]'."
         ) from None
-
-
-@lru_cache(maxsize=1)
-def _require_punkt(nltk_data: str) -> None:
-    """Find NLTK's sentence model, or fetch it once; a failure is not cached."""
-    nltk = importlib.import_module("nltk")
-    for folder in reversed([part for part in nltk_data.split(os.pathsep) if part]):
-        if folder not in nltk.data.path:  # NLTK reads the variable only when it is first imported
-            nltk.data.path.insert(0, folder)
-    if _has_punkt(nltk):
-        return
-    say("Fetching NLTK's punkt_tab (sentence boundaries for the IFEval checkers) ...")
-    # In a process of its own: NLTK sets no time limit, and a machine without a network may wait for minutes.
-    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
-        subprocess.run(
-            [sys.executable, "-c", "import nltk; nltk.download('punkt_tab', quiet=True)"],
-            timeout=_DOWNLOAD_TIMEOUT_S,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            check=False,
-        )
-    if not _has_punkt(nltk):
-        raise UserError(
-            "NLTK's punkt_tab is missing and could not be downloaded; on a machine with a network run "
-            "python -m nltk.downloader punkt_tab, copy the nltk_data folder here and set NLTK_DATA to it."
-        )
-
-
-def _has_punkt(nltk: Any) -> bool:
-    try:
-        nltk.data.find("tokenizers/punkt_tab/english")
-    except LookupError:
-        return False
-    return True
 
 
 def _validate_argument(name: str, value: Any, expected: type, where: str) -> None:

