@@ -159,11 +159,9 @@ def measure_steps(device, rows, length, rate, repeats, dry):
     ids = torch.randint(0, head.shape[0], (rows, length), device=device)
     num_tokens = rows * length
     bodies = [sum(p.numel() for p in model.model.layers.parameters()) for model in (teacher, student)]
-    # Attention's own products are left out, and so is recomputation: a lower bound of the work that is needed.
+    # Without attention's own products and recomputation: a lower bound of the work that is needed.
     flops = num_tokens * (2 * bodies[0] + 6 * bodies[1] + 6 * head.numel())
-    print(
-        f"\ntraining step: {num_tokens} tokens, teacher {bodies[0]:,} + student {bodies[1]:,} in the layers"
-    )
+    print(f"\ntraining step: {num_tokens} tokens; layers hold {bodies[0]:,} + {bodies[1]:,} parameters")
     results = []
     for name in PEERS:
 
