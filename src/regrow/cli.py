@@ -4,6 +4,7 @@ Heavy imports are inside the verbs, so that `--help` answers at once.
 """
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -42,6 +43,8 @@ Thinking = Annotated[
 
 def main() -> None:
     """Entry point: explained failures become one sentence and an exit code."""
+    # The checkers report every answer whose language they cannot tell, with the whole answer.
+    logging.getLogger("lm_eval").setLevel(logging.CRITICAL)
     try:
         app(standalone_mode=True)
     except RegrowError as error:

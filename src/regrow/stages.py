@@ -186,7 +186,8 @@ def _evaluate(context: Context) -> dict[str, Any]:
             report["models"].setdefault(name, {}).update(figures)
     if "ifeval" in section.benchmarks:
         ends = [context.work / f"{name}-ifeval.json" for name in both]
-        report["comparison"] = {"ifeval": compare_runs(*ends, seed=recipe.seed)}
+        names = {"baseline": "teacher", "candidate": final}  # rather than paths of this machine
+        report["comparison"] = {"ifeval": compare_runs(*ends, seed=recipe.seed) | names}
     shutil.copytree(context.work, context.out / "records")
     return report
 
