@@ -154,7 +154,6 @@ CASES = {
     "model folder without weights": ("inspect {w}/empty_folder", 2, "empty_folder"),
     "no such model": ("inspect {w}/nowhere", 2, "nowhere"),
     "width above the model's, inspected": ("inspect {w}/model --width 4096", 2, "4096"),
-    "width nought, inspected": ("inspect {w}/model --width 0", 2, "0"),
     "config without a type": ("inspect {w}/no_type", 2, "config.json"),
     "unsupported architecture": ("inspect {w}/unsupported", 2, "mamba2"),
     "quantised checkpoint": ("inspect {w}/quantised", 2, "quanti"),
@@ -229,12 +228,6 @@ CASES = {
         2,
         "speed",
     ),
-    "distilling no steps": (
-        "distill {w}/model --teacher {w}/model --corpus {w}/good.jsonl --held-out {w}/good.jsonl "
-        "--steps 0 --out {o}",
-        2,
-        "max_steps",
-    ),
     "distilling into an old folder": (
         "distill {w}/model --teacher {w}/model --corpus {w}/good.jsonl --held-out {w}/good.jsonl "
         "--steps 1 --out {w}/full",
@@ -284,7 +277,6 @@ CASES = {
     "verifying nothing": ("verify {w}/nowhere", 2, "nowhere"),
     "reporting on no run": ("report {w}/full", 2, "results.json"),
     "publishing no run": ("publish {w}/full --repo ada/small", 2, "config.json"),
-    "synthesising nothing": ("synthesize {w}/model --num-prompts 0 --out {o}", 2, "prompts"),
     "a share of two": ("synthesize {w}/model --constraint-share 2 --out {o}", 2, "share"),
 }
 
@@ -342,6 +334,9 @@ def test_the_command_itself_exits_so(world):
         "evaluate x --benchmark iq",
         "calibrate x --corpus y --out z --device abacus",
         "calibrate x --corpus y --out z --method magic",
+        "inspect x --width 0",
+        "distill x --teacher y --corpus c --held-out h --steps 0 --out z",
+        "synthesize x --num-prompts 0 --out z",
         "calibrate x --corpus y --out z --batch-size 0",
         "calibrate x --corpus y --out z --num-tokens 0",
     ],
