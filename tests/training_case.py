@@ -1,4 +1,4 @@
-"""A tiny teacher, a student that differs from it in its MLPs, and a little text, for the tests of training."""
+"""A tiny teacher, a student with other MLPs, and a little text, for the tests of training."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+
 from tiny_models import save_tiny_model
 
 QUICK: dict[str, Any] = {

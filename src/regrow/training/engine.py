@@ -264,7 +264,7 @@ def _teachers(
 
     if settings.teacher_mode == "cached":
         if settings.on_policy_fraction:
-            raise UserError("on_policy_fraction needs a live teacher; set teacher: live.")
+            raise UserError("on_policy_fraction needs a live teacher; set teacher_mode: live.")
         return cached_teacher(
             readers, student_head, rows, plans, hashes, load_teacher, args, settings, work_dir, notes
         )
@@ -324,7 +324,7 @@ def _memory_errors(settings: TrainingSettings) -> Iterator[None]:
         if not settings.gradient_checkpointing:
             remedies.append("set gradient_checkpointing: true")
         if settings.teacher_mode == "live":
-            remedies.append("set teacher: cached")
+            remedies.append("set teacher_mode: cached")
         raise RunError(
             f"Out of memory while training; {', or '.join(remedies)}. The last checkpoint is kept."
         ) from None
