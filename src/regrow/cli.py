@@ -35,6 +35,10 @@ CorpusFiles = Annotated[
 Length = Annotated[
     int, typer.Option("--sequence-length", min=1, help="Tokens after which a row is truncated.")
 ]
+Student = Annotated[str, typer.Argument(help="Folder of the pruned (or already distilled) model.")]
+Teacher = Annotated[str, typer.Option(help="The parent.")]
+HeldOut = Annotated[str, typer.Option(help="Text for held-out agreement and KL.")]
+Steps = Annotated[int, typer.Option(min=1, help="Optimiser steps.")]
 Thinking = Annotated[
     bool | None,
     typer.Option("--thinking/--no-thinking", help="Chat template's thinking mode, where it has one."),
@@ -214,11 +218,11 @@ def verify(
 
 @app.command()
 def distill(
-    student: Annotated[str, typer.Argument(help="Pruned model's folder.")],
-    teacher: Annotated[str, typer.Option(help="The parent.")],
+    student: Student,
+    teacher: Teacher,
     corpus: CorpusFiles,
-    held_out: Annotated[str, typer.Option(help="Text for held-out agreement and KL.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")],
+    held_out: HeldOut,
+    steps: Steps,
     out: Out,
     settings: Set = None,
 ) -> None:
@@ -230,11 +234,11 @@ def distill(
 
 @app.command()
 def recover(
-    student: Annotated[str, typer.Argument(help="Pruned or distilled model's folder.")],
-    teacher: Annotated[str, typer.Option(help="The parent.")],
+    student: Student,
+    teacher: Teacher,
     corpus: CorpusFiles,
-    held_out: Annotated[str, typer.Option(help="Text for held-out agreement and KL.")],
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")],
+    held_out: HeldOut,
+    steps: Steps,
     out: Out,
     settings: Set = None,
 ) -> None:
