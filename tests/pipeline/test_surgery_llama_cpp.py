@@ -65,7 +65,8 @@ def test_llama_cpp_gives_the_probabilities_of_transformers(llama_cpp, tmp_path, 
     settings = xllamacpp.CommonParams()
     settings.model.path = str(tmp_path / "model.gguf")
     settings.n_ctx, settings.n_parallel, settings.warmup = 256, 1, False
-    settings.cpuparams.n_threads = 1
+    for threads in (settings.cpuparams, settings.cpuparams_batch):
+        threads.n_threads, threads.poll = 1, 0
     server = xllamacpp.Server(settings)
     tokens = [3, 141, 59, 26, 53, 58, 97, 93, 238, 46]
     request = {"prompt": tokens, "max_tokens": 4, "temperature": 0, "logprobs": 50}

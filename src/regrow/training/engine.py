@@ -25,7 +25,6 @@ from regrow.progress import Progress, say
 from regrow.training.arguments import training_arguments
 from regrow.training.best import BestWeights
 from regrow.training.checkpoints import claim_work_dir, newest_checkpoint, read_record
-from regrow.training.cpu_attention import use_cpu_attention
 from regrow.training.held_out import HeldOut
 from regrow.training.record import RunRecord
 from regrow.training.rollouts import Rollouts
@@ -132,7 +131,6 @@ def run_training(
             trust_remote_code=settings.trust_remote_code,
         )
         check_head(model)
-        use_cpu_attention(model)
         module, method_notes = method.prepare(model, readers[0])
         notes += method_notes
         if settings.gradient_checkpointing:
