@@ -205,8 +205,8 @@ def site_channels(
     """
     fields: dict[str, Tensor] = {}
     if "norms" in criterion.needs:
-        fields["down_l1_F"] = torch.from_numpy(channel_norms(reader, site, 1).down)
-        fields["down_l2_F"] = torch.from_numpy(channel_norms(reader, site, 2).down)
+        norms = channel_norms(reader, site)
+        fields["down_l1_F"], fields["down_l2_F"] = torch.from_numpy(norms.l1), torch.from_numpy(norms.l2)
     if "down" in criterion.needs:
         fields["down_DF"] = read_down(reader, site)
     wanted = {"sums": ("sum_squares", "sum_absolute", "sum"), "gram": ("gram",), "fisher": ("fisher",)}
