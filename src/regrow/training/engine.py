@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, TrainingArguments
 from regrow.checkpoint import CheckpointReader
 from regrow.checkpoint.overlay import Values, overlay_checkpoint
 from regrow.data.blend import encode_corpora
+from regrow.data.templates import Encoded
 from regrow.errors import RunError, UserError
 from regrow.files import require_new_folder
 from regrow.modeling.hidden import check_head, head_of
@@ -119,7 +120,7 @@ def run_training(
         num_batches=record.micro_batches + (settings.max_steps - record.step) * per_step,
     )
     held_plan, num_held = plan_held_out(
-        held_rows, batch_tokens=settings.batch_tokens, max_tokens=settings.held_out_tokens
+        held_rows, batch_tokens=settings.batch_tokens, max_tokens=_held_out_tokens(rows, plan, settings)
     )
     held_rows = held_rows[:num_held]
 
@@ -130,7 +131,7 @@ def run_training(
             device=args.device,
             trust_remote_code=settings.trust_remote_code,
         )
-        check_head(model)
+        _check_student(model, student)
         module, method_notes = method.prepare(model, readers[0])
         notes += method_notes
         if settings.gradient_checkpointing:
@@ -193,6 +194,8 @@ def run_training(
             except (ValueError, ImportError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(f"The trainer refuses these settings: {reason[:200]}.") from None
+            if trainer.is_fsdp_enabled and isinstance(teachers[0], LiveTeacher):
+                teachers[0].shard()
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     state, chosen_step, choice = _chosen_state(trainer, settings, work_dir)
@@ -271,6 +274,28 @@ def _teachers(
         notes.append(f"Teacher and student share {saved:,} bytes of frozen weights.")
     live = LiveTeacher(loaded)
     return live, live
+
+
+def _held_out_tokens(rows: list[Encoded], plan: Plan, settings: TrainingSettings) -> int:
+    """How much held-out text is measured: where the settings do not say, a tenth of the run's time.
+
+    A token costs about 0.4 of a training token there.
+    """
+    if settings.held_out_tokens is not None:
+        return settings.held_out_tokens
+    planned = sum(len(rows[row].input_ids) for batch in plan for row in batch)
+    evaluations = settings.max_steps // (settings.eval_steps or settings.interval) + 1
+    return min(max(planned // (4 * evaluations), 2_048), 16_384)
+
+
+def _check_student(model: PreTrainedModel, folder: Path) -> None:
+    try:
+        check_head(model)
+    except UserError:
+        for name, parameter in model.named_parameters():
+            if not parameter.isfinite().all():
+                raise UserError(f"{folder}: {name} holds values that are not finite; make it anew.") from None
+        raise
 
 
 def _chosen_state(

@@ -29,7 +29,8 @@ class TrainingSettings:
         select_best: give back the weights with the lowest held-out KL, the untrained ones included.
         on_spike: what happens when the loss is not finite or leaps: `"stop"`, or `"skip"` the step.
         logging_steps, report_to: as in `transformers.TrainingArguments`.
-        held_out_tokens: the most tokens of the held-out evaluation.
+        held_out_tokens: the most tokens of the held-out evaluation; None spends a tenth of the run's time,
+            on 2,048 to 16,384 tokens.
         on_policy_fraction: share of the micro-batches that hold the student's own continuations.
         refresh_steps: steps after which the student writes new ones.
         rollout_tokens, rollout_temperature: length and sampling temperature of a continuation.
@@ -50,7 +51,7 @@ class TrainingSettings:
     weight_decay: float = 0.0
     warmup_fraction: float = 0.05
     max_grad_norm: float = 1.0
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     batch_tokens: int = 2_048
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
@@ -63,7 +64,7 @@ class TrainingSettings:
     on_spike: Literal["stop", "skip"] = "stop"
     logging_steps: int = 10
     report_to: tuple[str, ...] = ("tensorboard",)
-    held_out_tokens: int = 16_384
+    held_out_tokens: int | None = None
     on_policy_fraction: float = 0.0
     refresh_steps: int = 50
     rollout_tokens: int = 128

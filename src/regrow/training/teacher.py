@@ -7,12 +7,13 @@ from typing import Any, Protocol
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
 from transformers import TrainingArguments
 
 from regrow.checkpoint import CheckpointReader
 from regrow.data.templates import Encoded
 from regrow.errors import UserError
-from regrow.modeling.hidden import Head, final_hidden, head_of
+from regrow.modeling.hidden import Head, causal_model, final_hidden, head_of
 from regrow.progress import Progress
 from regrow.training.rows import Batch, Plan, Tokens, collate
 from regrow.training.settings import TrainingSettings
@@ -39,12 +40,16 @@ class LiveTeacher:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model.eval().requires_grad_(False)
-        self._width = head_of(model).weight_VD.shape[1]
+        self.head = head_of(model)
 
-    @property
-    def head(self) -> Head:
-        """The model's own output layer."""
-        return head_of(self.model)
+    def shard(self) -> None:
+        """Spread the decoder's weights over all processes (FSDP2); the output layer stays whole."""
+        decoder = causal_model(self.model).get_decoder()
+        blocks = set(getattr(self.model, "_no_split_modules", None) or ())
+        for module in decoder.modules():
+            if type(module).__name__ in blocks:
+                fully_shard(module)
+        fully_shard(decoder)
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:

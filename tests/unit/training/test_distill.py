@@ -304,3 +304,13 @@ def test_logs_reach_tensorboard(case, tmp_path):
     assert {"train/loss", "train/learning_rate", "eval/kl", "eval/top1_agreement"} <= set(
         events.Tags()["scalars"]
     )
+
+
+def test_broken_weights_are_named(tmp_path):
+    case = make_case(tmp_path)
+    (file,) = case["student"].glob("*.safetensors")
+    tensors = load_file(file)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+        distill(**case, out=tmp_path / "out", work_dir=tmp_path / "work", **QUICK)
