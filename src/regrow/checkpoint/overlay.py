@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from regrow.checkpoint.dtypes import FLOAT_DTYPES, from_float32
 from regrow.checkpoint.reader import CheckpointReader
-from regrow.checkpoint.writer import PIECE_BYTES, OutputTensor, whole_tensor, write_checkpoint
+from regrow.checkpoint.shard_file import PIECE_BYTES, OutputTensor
+from regrow.checkpoint.writer import whole_tensor, write_checkpoint
 from regrow.errors import RunError, UserError
 from regrow.types import TensorInfo
 
@@ -84,4 +85,4 @@ def replaced_tensor(info: TensorInfo, values: Values, shape: tuple[int, ...] | N
                 raise RunError(f"The new {info.name} does not fit into F16; nothing was written.")
             yield raw.data.cast("B")
 
-    return OutputTensor(info.name, info.dtype, shape, pieces)
+    return OutputTensor(info.name, info.dtype, shape, pieces, computed=callable(values))

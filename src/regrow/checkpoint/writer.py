@@ -1,55 +1,27 @@
 """Write a checkpoint tensor by tensor: shards first, index and config last, into a folder that then appears.
 
 Tensors that do not change are copied from file to file inside the kernel; nothing larger than a piece of
-16 MiB is ever held here.
+4 MiB is ever held here.
 """
 
-import errno
 import json
-import math
-import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
 
 from regrow.checkpoint.dtypes import ITEM_BYTES
 from regrow.checkpoint.reader import INDEX_NAME, CheckpointReader
+from regrow.checkpoint.shard_file import FileSpan, OutputTensor, write_shard
 from regrow.checkpoint.shards import shard_files
 from regrow.errors import RunError, UserError
 from regrow.files import disk_errors, publish_folder, require_new_folder
 from regrow.progress import Progress
 
-PIECE_BYTES = 16 << 20
-_NO_KERNEL_COPY = (errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY)
-
-
-@dataclass(frozen=True)
-class FileSpan:
-    """A run of bytes in a file, to be copied as it is."""
-
-    path: Path
-    begin: int
-    nbytes: int
-
-
-Piece = FileSpan | bytes | memoryview
-
-
-@dataclass(frozen=True)
-class OutputTensor:
-    """One tensor to be written: `pieces` gives its bytes in order, when it is its turn."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    pieces: Callable[[], Iterable[Piece]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of data."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+# Two files at a time keep two cores busy, which copying inside the kernel needs where the disk is fast.
+_WORKERS = 2
 
 
 def whole_tensor(reader: CheckpointReader, name: str) -> OutputTensor:
@@ -92,14 +64,12 @@ def write_checkpoint(
     by_name = {tensor.name: tensor for tensor in tensors}
     files = shard_files({t.name: t.nbytes for t in tensors}, shards=shards, max_shard_size=max_shard_size)
     total = sum(tensor.nbytes for tensor in tensors)
-    shard_bytes: dict[str, int] = {}
     with publish_folder(out) as folder:
         _require_space(folder, total, out)
-        with Progress(f"write {out.name}", total / 1e6, "MB") as progress:
-            for file, names in files.items():
-                chosen = sorted((by_name[n] for n in names), key=lambda t: -ITEM_BYTES[t.dtype])
-                with disk_errors(out):
-                    shard_bytes[file] = _write_shard(folder / file, chosen, progress)
+        with disk_errors(out):
+            shard_bytes = _write_shards(
+                folder, {f: [by_name[n] for n in names] for f, names in files.items()}
+            )
         for name in parent.other_files:
             with disk_errors(out):
                 (folder / name).parent.mkdir(exist_ok=True)
@@ -120,6 +90,55 @@ def write_checkpoint(
     }
 
 
+def _write_shards(folder: Path, files: Mapping[str, Sequence[OutputTensor]]) -> dict[str, int]:
+    """Write all shards, two at a time unless a tensor is computed; file name -> size.
+
+    The first failure stops the other file too, before it is raised.
+    """
+    lock, stop = threading.Lock(), threading.Event()
+    total = sum(tensor.nbytes for tensors in files.values() for tensor in tensors)
+    computed = any(tensor.computed for tensors in files.values() for tensor in tensors)
+    workers = 1 if computed else min(_WORKERS, len(files))
+
+    def write(file: str) -> int:
+        if stop.is_set():
+            raise _StoppedError
+        try:
+            return write_shard(folder / file, sorted(files[file], key=_larger_elements_first), wrote)
+        except BaseException:
+            stop.set()
+            raise
+
+    def wrote(nbytes: int) -> None:
+        if stop.is_set():
+            raise _StoppedError
+        with lock:
+            progress.advance(nbytes / 1e6)
+
+    with (
+        Progress(f"write {folder.name.strip('.').split('.partial-')[0]}", total / 1e6, "MB") as progress,
+        ThreadPoolExecutor(workers) as pool,
+    ):
+        futures = {file: pool.submit(write, file) for file in files}
+        try:
+            done, _ = wait(futures.values(), return_when=FIRST_EXCEPTION)
+        except BaseException:  # interrupted while waiting
+            stop.set()
+            raise
+        for future in done:
+            if (error := future.exception()) is not None and not isinstance(error, _StoppedError):
+                raise error
+        return {file: future.result() for file, future in futures.items()}
+
+
+class _StoppedError(Exception):
+    """Another shard failed."""
+
+
+def _larger_elements_first(tensor: OutputTensor) -> int:
+    return -ITEM_BYTES[tensor.dtype]
+
+
 def config_text(config: Mapping[str, Any], like: Path) -> str:
     """A config as JSON text with the indentation and the last line's ending of another config file."""
     original = like.read_text(encoding="utf-8")
@@ -127,64 +146,6 @@ def config_text(config: Mapping[str, Any], like: Path) -> str:
     indent = len(second_line) - len(second_line.lstrip(" "))
     text = json.dumps(config, indent=indent or None, ensure_ascii=original.isascii())
     return text + ("\n" if original.endswith("\n") else "")
-
-
-def _write_shard(path: Path, tensors: Sequence[OutputTensor], progress: Progress) -> int:
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    position = 0
-    for tensor in tensors:
-        offsets = [position, position + tensor.nbytes]
-        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": offsets}
-        position += tensor.nbytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
-    with open(path, "wb", buffering=0) as file:
-        _write_all(file.fileno(), len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            written = 0
-            for piece in tensor.pieces():
-                if isinstance(piece, FileSpan):
-                    written += _copy_span(file.fileno(), piece, progress)
-                else:
-                    written += _write_all(file.fileno(), piece)
-                    progress.advance(memoryview(piece).nbytes / 1e6)
-            if written != tensor.nbytes:
-                raise RunError(f"{tensor.name} came out with {written:,} bytes instead of {tensor.nbytes:,}.")
-        return os.fstat(file.fileno()).st_size
-
-
-def _copy_span(target: int, span: FileSpan, progress: Progress) -> int:
-    kernel = True
-    with open(span.path, "rb", buffering=0) as source:
-        offset, end = span.begin, span.begin + span.nbytes
-        while offset < end:
-            want = min(end - offset, PIECE_BYTES)
-            count = -1
-            if kernel:
-                try:
-                    count = os.copy_file_range(source.fileno(), target, want, offset)
-                except OSError as error:
-                    if error.errno not in _NO_KERNEL_COPY:
-                        raise
-                except AttributeError:  # not Linux
-                    pass
-                kernel = count >= 0
-            if not kernel:
-                piece = os.pread(source.fileno(), want, offset)
-                count = _write_all(target, piece)
-            if count == 0:
-                raise RunError(f"The shard {span.path} shrank while it was being read.")
-            offset += count
-            progress.advance(count / 1e6)
-    return span.nbytes
-
-
-def _write_all(target: int, data: bytes | memoryview) -> int:
-    rest = memoryview(data).cast("B")
-    nbytes = rest.nbytes
-    while rest:
-        rest = rest[os.write(target, rest) :]
-    return nbytes
 
 
 def _write_text(path: Path, text: str) -> None:

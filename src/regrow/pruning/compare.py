@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from regrow.checkpoint.dtypes import ITEM_BYTES, raw_dtype
 from regrow.checkpoint.reader import CheckpointReader
-from regrow.checkpoint.writer import PIECE_BYTES
+from regrow.checkpoint.shard_file import PIECE_BYTES
 from regrow.types import MlpSite, TensorRef
 
 Matrix = NDArray[Any]

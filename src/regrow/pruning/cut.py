@@ -9,7 +9,8 @@ from numpy.typing import NDArray
 
 from regrow.checkpoint.dtypes import ITEM_BYTES, raw_dtype
 from regrow.checkpoint.reader import CheckpointReader
-from regrow.checkpoint.writer import PIECE_BYTES, OutputTensor, whole_tensor
+from regrow.checkpoint.shard_file import PIECE_BYTES, OutputTensor
+from regrow.checkpoint.writer import whole_tensor
 from regrow.families import site_tensors
 from regrow.types import MlpSite, TensorInfo
 

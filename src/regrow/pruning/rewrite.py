@@ -1,6 +1,6 @@
 """Cut a checkpoint to a plan, straight from its parent's shards, tensor by tensor.
 
-The model is never instantiated: peak memory is a few pieces of 16 MiB, whatever the model's size. Rows of
+The model is never instantiated: peak memory is a few pieces of 4 MiB, whatever the model's size. Rows of
 gate_proj and up_proj (and their biases) and columns of down_proj go together; every other tensor is copied
 inside the kernel, each in its own dtype.
 """
@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 
 from regrow.checkpoint.overlay import replaced_tensor
 from regrow.checkpoint.reader import CheckpointReader
-from regrow.checkpoint.writer import OutputTensor, whole_tensor, write_checkpoint
+from regrow.checkpoint.shard_file import OutputTensor
+from regrow.checkpoint.writer import whole_tensor, write_checkpoint
 from regrow.errors import UserError
 from regrow.families import find_family, mlp_sites, pruned_config, require_whole
 from regrow.pruning.cut import cut_shape, cut_tensor, plan_cuts

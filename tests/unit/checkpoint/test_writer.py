@@ -8,9 +8,10 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from regrow.checkpoint import CheckpointReader, writer
+from regrow.checkpoint import CheckpointReader, shard_file
 from regrow.checkpoint.overlay import overlay_checkpoint
-from regrow.checkpoint.writer import OutputTensor, config_text, whole_tensor, write_checkpoint
+from regrow.checkpoint.shard_file import OutputTensor
+from regrow.checkpoint.writer import config_text, whole_tensor, write_checkpoint
 from regrow.errors import RunError, UserError
 from surgery_helpers import tensor_bytes
 from tiny_models import save_tiny_model
@@ -74,7 +75,7 @@ def test_without_kernel_copies_the_bytes_are_the_same(parent, tmp_path, monkeypa
 
 
 def test_large_tensors_go_in_pieces(parent, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(shard_file, "PIECE_BYTES", 1000)
     _copy(parent, tmp_path / "out", shards=2)
     assert tensor_bytes(CheckpointReader(tmp_path / "out")) == tensor_bytes(parent)
 
@@ -168,3 +169,37 @@ def test_overlay_refuses_what_does_not_fit(parent, tmp_path, name, values, kind)
     with pytest.raises(kind):
         overlay_checkpoint(base=parent.folder, out=tmp_path / "out", replacements={name: values})
     _nothing_left(tmp_path)
+
+
+def test_a_failure_in_one_file_stops_the_other_and_is_the_one_that_is_told(tmp_path):
+    def fail():
+        yield b"\0" * 4
+        raise RunError("the first failure")
+
+    def endless():
+        while True:
+            yield b"\0" * 4
+
+    tensors = [OutputTensor("a", "F32", (1 << 40,), endless), OutputTensor("b", "F32", (1 << 40,), fail)]
+    with pytest.raises(RunError, match="the first failure"):
+        _write(tmp_path, tensors)
+
+
+def test_computed_tensors_are_made_one_after_the_other_in_order(parent, tmp_path):
+    order = []
+
+    def values(name):
+        order.append(("begin", name))
+        yield b"\0" * 4
+        order.append(("end", name))
+
+    names = [f"t{i}" for i in range(6)]
+    tensors = [OutputTensor(n, "F32", (1,), lambda n=n: values(n), computed=True) for n in names]
+    write_checkpoint(out=tmp_path / "out", tensors=tensors, config={}, parent=parent, shards=3)
+    assert order == [(what, name) for name in names for what in ("begin", "end")]
+
+
+def _write(tmp_path, tensors):
+    from regrow.checkpoint.writer import _write_shards
+
+    _write_shards(tmp_path, {f"{tensor.name}.safetensors": [tensor] for tensor in tensors})
