@@ -291,10 +291,12 @@ def _held_out_tokens(rows: list[Encoded], plan: Plan, settings: TrainingSettings
 def _check_student(model: PreTrainedModel, folder: Path) -> None:
     try:
         check_head(model)
-    except UserError:
+    except RunError:
         for name, parameter in model.named_parameters():
             if not parameter.isfinite().all():
-                raise UserError(f"{folder}: {name} holds values that are not finite; make it anew.") from None
+                raise RunError(
+                    f"In {folder}, {name} holds values that are not finite; make it anew."
+                ) from None
         raise
 
 

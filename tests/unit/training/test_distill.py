@@ -312,5 +312,5 @@ def test_broken_weights_are_named(tmp_path):
     tensors = load_file(file)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = math.nan
     save_file(tensors, file, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
+    with pytest.raises(RunError, match=r"layers\.1\.mlp\.up_proj\.weight holds values that are not finite"):
         distill(**case, out=tmp_path / "out", work_dir=tmp_path / "work", **QUICK)
