@@ -120,7 +120,7 @@ def main() -> None:
             num_tokens=options.tokens,
             sequence_length=options.length,
             correlations=True,
-            fisher="fisher" in criteria,
+            fisher=any(CRITERIA[name].needs_gradients for name in criteria),
             device="cpu",
         )
     held_out = HeldOut(teacher, options.held_out, options.held_out_tokens, options.length, options.count)

@@ -115,7 +115,9 @@ def calibrate(
     correlations: Annotated[
         bool, typer.Option(help="Also gather the channels' correlation matrices.")
     ] = True,
-    fisher: Annotated[bool, typer.Option(help="Also gather squared gradients (criterion fisher).")] = False,
+    fisher: Annotated[
+        bool, typer.Option(help="Also gather squared gradients (criteria fisher, obs_fisher).")
+    ] = False,
     method: Annotated[
         Literal["in_memory", "layerwise"],
         typer.Option(help="in_memory, or layerwise for models larger than memory."),

@@ -91,7 +91,7 @@ def _calibrate(context: Context) -> dict[str, Any]:
         device=recipe.device,
         trust_remote_code=recipe.trust_remote_code,
         **recipe.calibrate.model_dump(),
-        fisher="fisher" in find_criterion(recipe.prune.criterion).needs,
+        fisher=find_criterion(recipe.prune.criterion).needs_gradients,
     )
 
 

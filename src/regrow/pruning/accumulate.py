@@ -53,6 +53,9 @@ class SiteSums:
         self._x = torch.zeros(3, site.width, dtype=torch.float64, device=device)
         self._h = torch.zeros(2, site.hidden_size, dtype=torch.float64, device=device)
         self.fisher_F = torch.zeros(site.width, dtype=torch.float64, device=device) if fisher else None
+        self.output_fisher_DD = (
+            torch.zeros(site.hidden_size, site.hidden_size, device=device) if fisher else None
+        )
         # At a site that is never reached (an expert), the matrices stay unallocated.
         self._correlations = correlations
         self._grams: list[Tensor | None] = [None, None]
@@ -115,7 +118,9 @@ class SiteSums:
         fields |= zip(("input_sum_squares", "input_sum_absolute"), self._h.cpu().numpy(), strict=True)
         fields["num_tokens"] = np.array(self.num_tokens, dtype=np.int64)
         if self.fisher_F is not None:
+            assert self.output_fisher_DD is not None
             fields["fisher"] = self.fisher_F.cpu().numpy()
+            fields["output_fisher"] = self.output_fisher_DD.cpu().numpy()
         if self._correlations:
             for share, field in enumerate(("gram", "held_out_gram")):
                 fields[field] = self._mirrored(share)

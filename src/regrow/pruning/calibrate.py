@@ -73,7 +73,7 @@ def calibrate(
         batch_size: a batch holds at most batch_size * sequence_length tokens, pads included. The statistics
             do not depend on it.
         correlations: also count x x^T, which `obs` and the refit need.
-        fisher: also count squared gradients, which `fisher` needs (a backward pass per batch).
+        fisher: also count squared gradients, for `fisher` and `obs_fisher` (a backward pass per batch).
         method: `in_memory` holds the whole model; `layerwise` one decoder layer at a time.
         held_out_fraction: share of the sequences that rho is chosen on.
         dtype: dtype that the model runs in.

@@ -1,4 +1,4 @@
-"""Squared gradients of a factor on each channel, by one backward pass per batch.
+"""Squared gradients of a factor on each channel, and of the MLP's output, by one backward pass per batch.
 
 The loss of a sequence is the negative log-likelihood of tokens drawn from the model itself, one per position,
 so the squares estimate the diagonal Hessian of KL(teacher, student) at the unpruned model (see
@@ -27,15 +27,17 @@ def add_fisher(
     batch: Batch,
     seed: int,
 ) -> Tensor:
-    """Add (sum over a sequence's tokens of x_j * dL/dx_j)^2 of each calibration sequence; returns hidden
-    states.
+    """Add the squared gradients of each calibration sequence to `sums`; returns hidden states.
 
-    x_j is the input of down_proj; m_j scales it, so that sum is dL/dm_j at m = 1.
+    `fisher_F` takes (sum over a sequence's tokens of x_j * dL/dx_j)^2, x_j the input of down_proj: m_j scales
+    it, so that sum is dL/dm_j at m = 1. `output_fisher_DD` takes dL/dy (dL/dy)^T of every token, y the output
+    of down_proj.
     """
     head = head_of(model)
     if head.softcap is not None:
         raise UserError("fisher does not know soft-capped logits; use another criterion.")
     inputs: dict[int, Tensor] = {}
+    outputs: dict[int, Tensor] = {}
     handles: list[Any] = []
     for index, entry in enumerate(sums):
         down = model.get_submodule(f"{entry.site.module}.{_last(entry.site.down.name)}")
@@ -46,7 +48,12 @@ def add_fisher(
             inputs[index] = x
             return (x, *arguments[1:])
 
+        def keep_output(module: nn.Module, arguments: Any, y: Tensor, index: int = index) -> None:
+            y.retain_grad()
+            outputs[index] = y
+
         handles.append(down.register_forward_pre_hook(keep))
+        handles.append(down.register_forward_hook(keep_output))
     try:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
@@ -60,13 +67,16 @@ def add_fisher(
     calibration_BS[batch.calibration_T] = True
     calibration_BS = calibration_BS.view_as(batch.real_BS)
     for index, entry in enumerate(sums):
-        x_BSF = inputs[index]
+        x_BSF, y_BSD = inputs[index], outputs[index]
         assert entry.fisher_F is not None
-        if x_BSF.grad is None:
+        assert entry.output_fisher_DD is not None
+        if x_BSF.grad is None or y_BSD.grad is None:
             continue
+        gradient_TD = y_BSD.grad.flatten(0, -2)[batch.calibration_T].float()
+        entry.output_fisher_DD.addmm_(gradient_TD.T, gradient_TD)
         product_BSF = x_BSF.detach().float() * x_BSF.grad.float() * calibration_BS[..., None]
         entry.fisher_F += product_BSF.sum(1).double().square().sum(0)
-        x_BSF.grad = None
+        x_BSF.grad = y_BSD.grad = None
     return hidden_BSD.detach()
 
 

@@ -189,9 +189,10 @@ def _criterion_for(
     if site.name not in measured.sites:
         notes.append(f"{site.name} was not calibrated; its channels are chosen by weight norms.")
         return CRITERIA["magnitude"]
-    if "fisher" in criterion.needs:
-        notes.append(f"{site.name} has no gradients; its channels are chosen by l2.")
-        return CRITERIA["l2"]
+    if criterion.needs_gradients:
+        instead = "obs" if "gram" in criterion.needs else "l2"
+        notes.append(f"{site.name} has no gradients; its channels are chosen by {instead}.")
+        return CRITERIA[instead]
     return criterion
 
 
@@ -209,15 +210,24 @@ def site_channels(
         fields["down_l1_F"], fields["down_l2_F"] = torch.from_numpy(norms.l1), torch.from_numpy(norms.l2)
     if "down" in criterion.needs:
         fields["down_DF"] = read_down(reader, site)
-    wanted = {"sums": ("sum_squares", "sum_absolute", "sum"), "gram": ("gram",), "fisher": ("fisher",)}
-    suffix = {"gram": "_FF"}
+    wanted = {
+        "sums": ("sum_squares", "sum_absolute", "sum"),
+        "gram": ("gram",),
+        "fisher": ("fisher",),
+        "output_fisher": ("output_fisher",),
+    }
+    suffix = {"gram": "_FF", "output_fisher": "_DD"}
     num_tokens = 0
     for need, names in wanted.items():
         if need not in criterion.needs:
             continue
         for name in names:
             if measured is None or not measured.has(site.name, name):
-                option = {"gram": " with correlations: true", "fisher": " with fisher: true"}.get(need, "")
+                option = {
+                    "gram": " with correlations: true",
+                    "fisher": " with fisher: true",
+                    "output_fisher": " with fisher: true",
+                }.get(need, "")
                 raise UserError(
                     f"The criterion {criterion.name} needs statistics of this model; "
                     f"run calibrate{option} first."

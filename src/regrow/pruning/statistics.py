@@ -9,6 +9,8 @@ and h that of gate_proj:
   num_tokens                            [2] int64     tokens counted: calibration, held out
   gram, held_out_gram                   [F, F] float32  sum of x x^T (with correlations), symmetric
   fisher                                [F] float64   sum over sequences of squared gradients (if asked for)
+  output_fisher                         [D, D] float32  sum over tokens of g g^T, g the gradient at the output
+                                                        of down_proj (with fisher)
 
 All but `held_out_gram` run over the calibration share. Files are written and read one tensor at a time: at
 F = 9216 a gram is 340 MB, and 33 layers with both are 22 GB.
@@ -42,6 +44,7 @@ def site_layout(name: str, width: int, hidden: int, *, correlations: bool, fishe
     fields["num_tokens"] = ("I64", (2,))
     if fisher:
         fields["fisher"] = ("F64", (width,))
+        fields["output_fisher"] = ("F32", (hidden, hidden))
     if correlations:
         fields |= dict.fromkeys(("gram", "held_out_gram"), ("F32", (width, width)))
     return {f"{name}.{field}": value for field, value in fields.items()}

@@ -16,9 +16,9 @@ _CRITERIA = {
     "wanda": ("2306.11695",),
     "flap": ("2312.11983",),
     "activation": ("2407.14679",),
-    "taylor": ("2305.11627",),
-    "fisher": ("2305.11627",),
+    "fisher": ("2204.09656",),
     "obs": ("2302.04089", "2403.12983"),
+    "obs_fisher": ("2312.17244", "2302.04089"),
 }
 _REFIT = ("2403.12983",)
 
@@ -43,10 +43,18 @@ _PAPERS = {
         "{ZipLM}: Inference-Aware Structured Pruning of Language Models",
         2023,
     ),
-    "2305.11627": (
-        "ma2023llmpruner",
-        "Ma, Xinyin and Fang, Gongfan and Wang, Xinchao",
-        "{LLM-Pruner}: On the Structural Pruning of Large Language Models",
+    "2204.09656": (
+        "kwon2022fast",
+        "Kwon, Woosuk and Kim, Sehoon and Mahoney, Michael W. and Hassoun, Joseph and Keutzer, Kurt and "
+        "Gholami, Amir",
+        "A Fast Post-Training Pruning Framework for Transformers",
+        2022,
+    ),
+    "2312.17244": (
+        "vanderouderaa2023llmsurgeon",
+        "van der Ouderaa, Tycho F. A. and Nagel, Markus and van Baalen, Mart and Asano, Yuki M. and "
+        "Blankevoort, Tijmen",
+        "The {LLM} Surgeon",
         2023,
     ),
     "2306.08543": (

@@ -206,20 +206,30 @@ def test_fisher_equals_gradients_of_a_factor(models: dict[str, Path], corpus: st
     model: Any = load_model(models["llama"], dtype="float32")
     layers = model.get_decoder().layers
     factors = [torch.ones(96, requires_grad=True) for _ in layers]
-    for layer, factor in zip(layers, factors, strict=True):
+    offsets = [torch.zeros(LENGTH, 64, requires_grad=True) for _ in layers]
+    for layer, factor, offset in zip(layers, factors, offsets, strict=True):
         layer.mlp.down_proj.register_forward_pre_hook(lambda module, a, factor=factor: (a[0] * factor,))
+        layer.mlp.down_proj.register_forward_hook(
+            lambda module, a, y, offset=offset: y + offset[: y.shape[1]]
+        )
     expected = torch.zeros(2, 96, dtype=torch.float64)
+    outer = torch.zeros(2, 64, 64, dtype=torch.float64)
     for index, row in enumerate(rows):
         logits = model(input_ids=torch.tensor([row.input_ids])).logits[0]
         uniform = torch.rand(len(logits), generator=torch.Generator().manual_seed(index), dtype=torch.float64)
         cumulative = logits.detach().softmax(-1).double().cumsum(-1)
         drawn = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])[:, 0]
         loss = torch.nn.functional.cross_entropy(logits, drawn, reduction="sum")
-        for position, gradient in enumerate(torch.autograd.grad(loss, factors)):
-            expected[position] += gradient.double().square()
+        gradients = torch.autograd.grad(loss, [*factors, *offsets])
+        for position in range(2):
+            expected[position] += gradients[position].double().square()
+            outer[position] += gradients[2 + position].double().T @ gradients[2 + position].double()
     for layer_index in range(2):
         got = torch.from_numpy(Statistics(out).read(f"layers.{layer_index}", "fisher"))
         torch.testing.assert_close(got, expected[layer_index], rtol=1e-3, atol=1e-6)
+        got = torch.from_numpy(Statistics(out).read(f"layers.{layer_index}", "output_fisher")).double()
+        largest = float(outer[layer_index].abs().max())
+        torch.testing.assert_close(got, outer[layer_index], rtol=1e-3, atol=1e-5 * largest)
 
 
 @pytest.mark.parametrize("method", ["in_memory", "layerwise"])

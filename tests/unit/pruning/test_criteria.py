@@ -1,5 +1,7 @@
 """Scores against hand-computed values, and greedy removal against trying everything."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -37,6 +39,7 @@ def channels(down: torch.Tensor = DOWN, x: torch.Tensor = X, fisher: list[float]
         sum_F=x.sum(0),
         gram_FF=(x.T @ x).float(),
         fisher_F=torch.tensor(fisher or [1.0, 4.0, 2.0]),
+        output_fisher_DD=torch.diag(torch.arange(1.0, len(down) + 1)),
     )
 
 
@@ -56,6 +59,35 @@ def test_permuting_channels_permutes_scores(name: str) -> None:
     plain = CRITERIA[name].score(channels(down, x, fisher.tolist()), 6)
     permuted = CRITERIA[name].score(channels(down[:, order], x[:, order], fisher[order].tolist()), 6)
     torch.testing.assert_close(permuted, plain[order], rtol=1e-5, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(2, 7), st.integers(1, 5), st.integers(1, 20), st.integers(0, 10_000))
+def test_obs_fisher_removes_the_channel_that_costs_least_in_the_metric(width, rows, tokens, seed) -> None:
+    """The first removal, against the error that the best other columns leave, solved for each channel."""
+    generator = torch.Generator().manual_seed(seed)
+    down = torch.randn(rows, width, generator=generator, dtype=torch.float64)
+    x = torch.randn(30, width, generator=generator, dtype=torch.float64)
+    g = torch.randn(tokens, rows, generator=generator, dtype=torch.float64) * 10.0 ** -torch.arange(rows)
+    metric = g.T @ g
+    metric = metric / metric.diagonal().mean() + 1e-6 * torch.eye(rows, dtype=torch.float64)
+    damped = x.T @ x / 30
+    damped = damped + DAMPING * damped.diagonal().mean() * torch.eye(width, dtype=torch.float64)
+    costs = []
+    for j in range(width):
+        others = [i for i in range(width) if i != j]
+        change = torch.linalg.solve(damped[others][:, others], damped[others][:, j])
+        left = damped[j, j] - change @ damped[others][:, j]
+        costs.append(float(left * (down[:, j] @ metric @ down[:, j])))
+    fields = channels(down, x)
+    fields = dataclasses.replace(fields, gram_FF=x.T @ x, output_fisher_DD=g.T @ g)
+    scores = CRITERIA["obs_fisher"].score(fields, width - 1)
+    assert costs[int(scores.argmin())] <= min(costs) * (1 + 1e-6)
+
+
+def test_obs_fisher_without_gradients_is_obs() -> None:
+    fields = dataclasses.replace(channels(), output_fisher_DD=torch.zeros(2, 2))
+    torch.testing.assert_close(CRITERIA["obs_fisher"].score(fields, 2), CRITERIA["obs"].score(fields, 2))
 
 
 def test_random_depends_on_the_seed_only() -> None:

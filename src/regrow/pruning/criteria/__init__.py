@@ -8,6 +8,7 @@ from regrow.pruning.criteria.flap import FLAP
 from regrow.pruning.criteria.l2 import L2
 from regrow.pruning.criteria.magnitude import MAGNITUDE
 from regrow.pruning.criteria.obs import OBS
+from regrow.pruning.criteria.obs_fisher import OBS_FISHER
 from regrow.pruning.criteria.random import RANDOM
 from regrow.pruning.criteria.wanda import WANDA
 
@@ -20,6 +21,7 @@ CRITERIA: dict[str, Criterion] = {
     "flap": FLAP,
     "fisher": FISHER,
     "obs": OBS,
+    "obs_fisher": OBS_FISHER,
 }
 
 __all__ = ["CRITERIA", "Channels", "Criterion", "Need", "find_criterion"]

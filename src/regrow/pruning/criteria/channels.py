@@ -11,7 +11,7 @@ from typing import Literal
 
 from torch import Tensor
 
-Need = Literal["norms", "down", "sums", "gram", "fisher"]
+Need = Literal["norms", "down", "sums", "gram", "fisher", "output_fisher"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class Channels:
         sum_squares_F, sum_absolute_F, sum_F: sums of x^2, |x| and x over tokens, x the input of down_proj.
         gram_FF: sum of x x^T over tokens.
         fisher_F: sum over sequences of (dL/dm)^2, m a factor on the channel (see `criteria.fisher`).
+        output_fisher_DD: sum over tokens of g g^T, g = dL/dy at the output y of down_proj (see
+            `criteria.obs_fisher`).
     """
 
     width: int
@@ -40,6 +42,7 @@ class Channels:
     sum_F: Tensor | None = None
     gram_FF: Tensor | None = None
     fisher_F: Tensor | None = None
+    output_fisher_DD: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -62,7 +65,12 @@ class Criterion:
     @property
     def needs_statistics(self) -> bool:
         """Whether it cannot work from the weights alone."""
-        return bool(self.needs & {"sums", "gram", "fisher"})
+        return bool(self.needs & {"sums", "gram", "fisher", "output_fisher"})
+
+    @property
+    def needs_gradients(self) -> bool:
+        """Whether calibration must run backward, too."""
+        return bool(self.needs & {"fisher", "output_fisher"})
 
 
 def required(value: Tensor | None) -> Tensor:

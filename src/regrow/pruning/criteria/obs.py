@@ -22,9 +22,14 @@ BLOCK = 64
 
 def score(channels: Channels, keep: int) -> Tensor:
     """Scores [F]: -P .. -1 for removed channels in the order they went, else the cost at the end (>= 0)."""
+    return score_weights(required(channels.down_DF), channels, keep)
+
+
+def score_weights(down_DF: Tensor, channels: Channels, keep: int) -> Tensor:
+    """The same for other weights than the site's own."""
     assert channels.gram_FF is not None
     removed, cost_F = remove_greedily(
-        required(channels.down_DF),
+        down_DF,
         channels.gram_FF / max(channels.num_tokens, 1),
         num_removed=channels.width - keep,
     )
