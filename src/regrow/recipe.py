@@ -80,7 +80,7 @@ class Training(Section):
     gradient_accumulation_steps: Positive = 1
     gradient_checkpointing: bool = False
     precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
-    optimizer: str = "adamw_torch"
+    optimizer: str = "adamw_torch_fused"
     teacher_mode: Literal["live", "cached"] = "live"
     loss_chunk_tokens: Positive | None = None
     eval_steps: Positive | None = None
@@ -89,7 +89,7 @@ class Training(Section):
     on_spike: Literal["stop", "skip"] = "stop"
     logging_steps: Positive = 10
     report_to: tuple[str, ...] = ("tensorboard",)
-    held_out_tokens: Positive = 16_384
+    held_out_tokens: Positive | None = None
     on_policy_fraction: Fraction = 0.0
     refresh_steps: Positive = 50
     rollout_tokens: Positive = 128
