@@ -119,9 +119,13 @@ def calibrate(
         bool, typer.Option(help="Also gather squared gradients (criteria fisher, obs_fisher).")
     ] = False,
     method: Annotated[
-        Literal["in_memory", "layerwise"],
-        typer.Option(help="in_memory, or layerwise for models larger than memory."),
+        Literal["in_memory", "layerwise", "sequential"],
+        typer.Option(
+            help="in_memory; layerwise for models larger than memory; sequential prunes on the way."
+        ),
     ] = "in_memory",
+    width: Annotated[int | None, typer.Option(min=1, help="Of sequential: the width it prunes to.")] = None,
+    criterion: Annotated[str, typer.Option(help="Of sequential: how it chooses channels.")] = "obs",
     held_out_fraction: Annotated[
         float, typer.Option(help="Share of rows kept to choose the refit's ridge.")
     ] = 0.125,
@@ -144,6 +148,8 @@ def calibrate(
         correlations=correlations,
         fisher=fisher,
         method=method,
+        width=width,
+        criterion=criterion,
         held_out_fraction=held_out_fraction,
         enable_thinking=thinking,
         seed=seed,

@@ -40,7 +40,7 @@ class Calibrate(Section):
     num_tokens: Positive = 65_536
     batch_size: Positive = 8
     correlations: bool = True
-    method: Literal["in_memory", "layerwise"] = "in_memory"
+    method: Literal["in_memory", "layerwise", "sequential"] = "in_memory"
     held_out_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.125
 
 

@@ -136,7 +136,7 @@ def _manifests(recipe: Recipe, parent: Path, stages: list[Stage]) -> dict[str, d
             "stage": stage.name,
             "version": __version__,
             "parent": fingerprint,
-            "recipe": {key: fields[key] for key in stage.reads},
+            "recipe": {key: fields[key] for key in stage.reads} | stage.also(recipe),
             "corpora": {key: hashes[key] for key in stage.reads if key in specs},
             "inputs": {name: manifests[name]["hash"] for name in stage.inputs if name in manifests},
         }

@@ -55,6 +55,7 @@ class Stage:
         reads: keys of the recipe that its result depends on; they are hashed into its manifest.
         run: the function; writes into `context.out` and returns a report of JSON values.
         enabled: whether a recipe asks for it.
+        also: what else of the recipe its result depends on, hashed as well.
     """
 
     name: str
@@ -62,6 +63,7 @@ class Stage:
     reads: tuple[str, ...]
     run: Callable[[Context], dict[str, Any]]
     enabled: Callable[[Recipe], bool] = lambda recipe: True
+    also: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
 
 
 def needs_statistics(criterion: str, refit: bool) -> bool:
@@ -78,7 +80,6 @@ def corpus_specs(corpora: tuple[Corpus, ...]) -> list[CorpusSpec]:
 
 def _calibrate(context: Context) -> dict[str, Any]:
     from regrow.pruning.calibrate import calibrate
-    from regrow.pruning.criteria import find_criterion
 
     recipe = context.recipe
     return calibrate(
@@ -91,8 +92,17 @@ def _calibrate(context: Context) -> dict[str, Any]:
         device=recipe.device,
         trust_remote_code=recipe.trust_remote_code,
         **recipe.calibrate.model_dump(),
-        fisher=find_criterion(recipe.prune.criterion).needs_gradients,
+        **_calibrate_for(recipe),
     )
+
+
+def _calibrate_for(recipe: Recipe) -> dict[str, Any]:
+    """What calibration has to know of the pruning that follows."""
+    from regrow.pruning.criteria import find_criterion
+
+    if recipe.calibrate.method == "sequential":
+        return {"width": recipe.prune.width, "criterion": recipe.prune.criterion}
+    return {"fisher": find_criterion(recipe.prune.criterion).needs_gradients}
 
 
 def _prune(context: Context) -> dict[str, Any]:
@@ -284,6 +294,7 @@ STAGES: tuple[Stage, ...] = (
         ("calibrate", *_DATA),
         _calibrate,
         lambda recipe: needs_statistics(recipe.prune.criterion, recipe.prune.refit),
+        _calibrate_for,
     ),
     Stage("prune", ("calibrate",), ("prune", "seed"), _prune),
     Stage(

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from regrow.errors import RunError, UserError
 from regrow.types import MlpSite
 
+Fields = dict[str, dict[str, NDArray[Any]]]  # site -> field -> finished statistics
+
 # A gram is symmetric: only blocks on and above the diagonal are computed, which saves 3/8 of the work.
 _GRAM_BLOCKS = 4
 
@@ -145,6 +147,7 @@ class Hooks:
 
     def __init__(self, model: nn.Module, sums: Sequence[SiteSums]) -> None:
         self.batch: Batch | None = None
+        self.sums = list(sums)
         self._handles: list[Any] = []
         for entry in sums:
             module = model.get_submodule(entry.site.module or "")
@@ -152,7 +155,7 @@ class Hooks:
 
     def add(self, mlp: nn.Module, entry: SiteSums) -> None:
         """Feed one site from an MLP module."""
-        gate, down = (_projection(mlp, ref.name) for ref in (entry.site.gate, entry.site.down))
+        gate, down = (projection(mlp, ref.name) for ref in (entry.site.gate, entry.site.down))
         self._handles.append(gate.register_forward_pre_hook(self._hook(entry.add_input)))
         self._handles.append(down.register_forward_pre_hook(self._hook(entry.add)))
 
@@ -180,7 +183,12 @@ def hooked(model: nn.Module, sums: Sequence[SiteSums]) -> Iterator[Hooks]:
         hooks.remove()
 
 
-def _projection(mlp: nn.Module, tensor_name: str) -> nn.Module:
+def projection(mlp: nn.Module, tensor_name: str) -> nn.Module:
+    """The linear module of an MLP that holds a tensor of the checkpoint.
+
+    Raises:
+        UserError: it has none of its own.
+    """
     name = tensor_name.removesuffix(".weight").rpartition(".")[2]
     module = getattr(mlp, name, None)
     if not isinstance(module, nn.Module):

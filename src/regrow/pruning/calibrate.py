@@ -4,11 +4,12 @@ import os
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from numpy.typing import NDArray
 
 from regrow.checkpoint import CheckpointReader
 from regrow.data.batches import padding_efficiency, plan_batches
@@ -19,10 +20,22 @@ from regrow.families import mlp_sites
 from regrow.files import sha256_json
 from regrow.modeling.load import load_tokenizer, pick_device
 from regrow.progress import say
+from regrow.pruning.accumulate import Fields
+from regrow.pruning.criteria import find_criterion
 from regrow.pruning.passes import Job, run_in_memory
-from regrow.pruning.statistics import SCHEMA, Layout, merge_statistics, open_statistics, site_layout
+from regrow.pruning.select import check_width
+from regrow.pruning.statistics import (
+    SCHEMA,
+    Layout,
+    StatisticsWriter,
+    merge_statistics,
+    mode_behind,
+    open_statistics,
+    site_layout,
+)
 from regrow.types import MlpSite
 
+Method = Literal["in_memory", "layerwise", "sequential"]
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
@@ -51,7 +64,9 @@ def calibrate(
     batch_size: int = 8,
     correlations: bool = True,
     fisher: bool = False,
-    method: Literal["in_memory", "layerwise"] = "in_memory",
+    method: Method = "in_memory",
+    width: int | None = None,
+    criterion: str = "obs",
     held_out_fraction: float = 0.125,
     seed: int = 0,
     enable_thinking: bool | None = None,
@@ -74,7 +89,9 @@ def calibrate(
             do not depend on it.
         correlations: also count x x^T, which `obs` and the refit need.
         fisher: also count squared gradients, for `fisher` and `obs_fisher` (a backward pass per batch).
-        method: `in_memory` holds the whole model; `layerwise` one decoder layer at a time.
+        method: `in_memory` holds the whole model; `layerwise` one decoder layer at a time; `sequential`, too,
+            and it prunes each one before it runs the next, so that the refit makes up for earlier layers.
+        width, criterion: of `sequential`, and of the `prune` that follows it.
         held_out_fraction: share of the sequences that rho is chosen on.
         dtype: dtype that the model runs in.
         spill_bytes: layerwise only: activations beyond this size go to disk beside `out`.
@@ -88,11 +105,15 @@ def calibrate(
     """
     start = time.monotonic()
     if method == "layerwise" and fisher:
-        raise UserError("fisher needs gradients of the whole model; use method: in_memory.")
+        raise UserError("fisher needs gradients of the whole model; use method: in_memory or sequential.")
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is unknown; use {', '.join(_DTYPES)}.")
     reader = CheckpointReader(model)
     sites = mlp_sites(reader.config, reader.tensors)
+    sequential = method == "sequential"
+    if sequential:
+        fisher = fisher or find_criterion(criterion).needs_gradients
+        _check_sequential(width, criterion, correlations, _widest(sites))
     tokenizer = load_tokenizer(model, trust_remote_code)
     corpus = encode_corpora(
         tokenizer, corpora, max_length=sequence_length, enable_thinking=enable_thinking, seed=seed
@@ -122,7 +143,7 @@ def calibrate(
         "parent": reader.fingerprint(),
         "model_type": reader.config.get("model_type"),
         "template": sha256_json([getattr(tokenizer, "chat_template", None), enable_thinking]),
-        "mode": "parent",
+        "mode": mode_behind(width, criterion) if sequential and width else "parent",
         "sequence_length": sequence_length,
         "correlations": correlations,
         "fisher": fisher,
@@ -136,16 +157,16 @@ def calibrate(
     layout: Layout = {}
     for site in sites:
         layout |= site_layout(
-            site.name, site.width, site.hidden_size, correlations=correlations, fisher=fisher
+            site.name,
+            site.width,
+            site.hidden_size,
+            correlations=correlations,
+            fisher=fisher,
+            shift=sequential and site.module is not None,
         )
     target = out if world == 1 else out.with_name(f"{out.name}.part-{rank}")
     with open_statistics(target, layout) as writer:
-        if method == "layerwise":
-            from regrow.pruning.layerwise import run_layerwise
-
-            timings = run_layerwise(job, writer.write, out.parent, spill_bytes)
-        else:
-            timings = run_in_memory(job, writer.write)
+        timings = _count(job, writer, method, out.parent, spill_bytes, width, criterion)
         mine = [row for batch in job.batches for row in batch]
         writer.header = header | {
             "num_tokens": sum(lengths[row] for row in mine if row not in share.held_out),
@@ -161,6 +182,56 @@ def calibrate(
         "seconds": round(time.monotonic() - start, 3),
         "seconds_by_part": timings,
     }
+
+
+def _count(
+    job: Job,
+    writer: StatisticsWriter,
+    method: Method,
+    folder: Path,
+    spill_bytes: int,
+    width: int | None,
+    criterion: str,
+) -> dict[str, float]:
+    """Run the pass; returns seconds by part."""
+    if method == "in_memory":
+        return run_in_memory(job, writer.write)
+    from regrow.pruning.layerwise import run_layerwise
+
+    if method == "layerwise" or width is None:
+        return run_layerwise(job, writer.write, folder, spill_bytes)
+    from regrow.pruning.sequential import Cut
+
+    start = time.monotonic()
+    gradients: Fields = {}
+    if job.fisher:
+
+        def collect(name: str, value: NDArray[Any]) -> None:
+            site, _, field = name.rpartition(".")
+            if field.endswith("fisher"):
+                writer.write(name, value)
+                gradients.setdefault(site, {})[field] = value
+
+        say("calibrate: one backward pass of the parent comes first, for the gradients")
+        run_in_memory(replace(job, correlations=False), collect)
+    seconds = round(time.monotonic() - start, 3)
+    cut = Cut(width, find_criterion(criterion), job.seed, gradients)
+    return {"gradients": seconds} | run_layerwise(
+        replace(job, fisher=False), writer.write, folder, spill_bytes, cut
+    )
+
+
+def _check_sequential(width: int | None, criterion: str, correlations: bool, model_width: int) -> None:
+    if width is None:
+        raise UserError("method: sequential prunes on the way; say to which width.")
+    check_width(width, 1, model_width)
+    if not correlations or not find_criterion(criterion).needs_statistics:
+        raise UserError(
+            "method: sequential needs correlations: true and a criterion that needs statistics; with "
+            f"{criterion}, calibrate in_memory."
+        )
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("method: sequential runs in one process; start it without torchrun.")
 
 
 def choose_rows(

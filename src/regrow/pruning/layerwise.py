@@ -6,70 +6,36 @@ Every layer sees the same batches in the same order as the pass that holds the w
 are the same, bit for bit on the same device.
 """
 
-import os
-import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from regrow.errors import RunError
-from regrow.files import disk_errors
-from regrow.progress import Progress, say
-from regrow.pruning.accumulate import SiteSums, hooked
+from regrow.progress import Progress
+from regrow.pruning.accumulate import Fields, hooked
+from regrow.pruning.activations import Activations, open_activations
 from regrow.pruning.passes import Job, Write, load_mtp_layers, run_mtp_layers
+from regrow.pruning.sequential import Cut, run_layer_cut
 from regrow.pruning.skeleton import Skeleton, empty, fill
 
 
-class Activations:
-    """Hidden states of every batch, in memory or in one file; a batch is read back as it was written."""
-
-    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype, path: Path | None) -> None:
-        self._shapes, self._dtype, self._path = shapes, dtype, path
-        self._held: list[Tensor | None] = [None] * len(shapes)
-        sizes = [int(np.prod(shape)) * dtype.itemsize for shape in shapes]
-        self._offsets = [sum(sizes[:index]) for index in range(len(sizes))]
-
-    def put(self, index: int, hidden_BSD: Tensor) -> None:
-        """Store a batch."""
-        if hidden_BSD.dtype != self._dtype or tuple(hidden_BSD.shape) != self._shapes[index]:
-            raise RunError(
-                f"A layer gave hidden states of another shape or dtype ({hidden_BSD.dtype}); "
-                "use method: in_memory."
-            )
-        if self._path is None:
-            self._held[index] = hidden_BSD.cpu()
-            return
-        raw = hidden_BSD.cpu().contiguous().view(torch.uint8).numpy()
-        with disk_errors(self._path), open(self._path, "r+b" if self._path.exists() else "w+b") as file:
-            file.seek(self._offsets[index])
-            raw.tofile(file)
-
-    def get(self, index: int, device: torch.device) -> Tensor:
-        """Read a batch back."""
-        if self._path is None:
-            held = self._held[index]
-            assert held is not None
-            return held.to(device, non_blocking=True)
-        shape = self._shapes[index]
-        count = int(np.prod(shape)) * self._dtype.itemsize
-        raw = np.fromfile(self._path, dtype=np.uint8, count=count, offset=self._offsets[index])
-        return torch.from_numpy(raw).view(self._dtype).reshape(shape).to(device)
-
-
 @torch.no_grad()
-def run_layerwise(job: Job, write: Write, folder: Path, spill_bytes: int) -> dict[str, float]:
+def run_layerwise(
+    job: Job, write: Write, folder: Path, spill_bytes: int, cut: Cut | None = None
+) -> dict[str, float]:
     """Run the model layer by layer over the batches and write every site's statistics.
 
     Args:
         job: the pass.
         write: takes finished tensors of the statistics file.
         folder: where activations go if they are larger than `spill_bytes`.
+        cut: how every layer is pruned before the next one is run (see `regrow.pruning.sequential`).
 
     Returns:
         Seconds by part.
@@ -85,16 +51,20 @@ def run_layerwise(job: Job, write: Write, folder: Path, spill_bytes: int) -> dic
     batches = [(rows, *job.tensors(rows)) for rows in job.batches]
     hidden_size = job.sites[0].hidden_size
     shapes = [(*ids.shape, hidden_size) for _, ids, _ in batches]
-    total = sum(int(np.prod(shape)) for shape in shapes) * job.dtype.itemsize
-    with _spill_file(folder, total > spill_bytes) as path:
-        if path is not None:
-            say(f"calibrate: {total / 1e9:.1f} GB of activations go to disk beside the statistics")
-        activations = Activations(shapes, job.dtype, path)
+    with ExitStack() as stack:
+
+        def room() -> Activations:
+            return stack.enter_context(open_activations(shapes, job.dtype, folder, spill_bytes))
+
+        parent, student = room(), room() if cut is not None else None
         with _timed(clock, "embed"):
             embedding = skeleton.model.get_input_embeddings()
             fill(embedding, skeleton.read(embedding, _path_of(skeleton, embedding)), job.device)
             for index, (_, ids, mask) in enumerate(batches):
-                activations.put(index, skeleton.embed(ids, mask))
+                hidden_BSD = skeleton.embed(ids, mask)
+                parent.put(index, hidden_BSD)
+                if student is not None:
+                    student.put(index, hidden_BSD)
             empty(embedding)
         work = job.num_tokens * len(skeleton.layers)
         with Progress("calibrate layer by layer", work, "token layers") as progress, _reader_thread() as pool:
@@ -104,43 +74,42 @@ def run_layerwise(job: Job, write: Write, folder: Path, spill_bytes: int) -> dic
                 if index + 1 < len(skeleton.layers):
                     ahead = pool.submit(_read_layer, skeleton, index + 1)
                 with _timed(clock, "layers"):
-                    sums = _run_one(job, skeleton, index, weights, activations, progress)
+                    fill(skeleton.layers[index], weights, job.device)
+                    if cut is not None and student is not None:
+                        found = run_layer_cut(job, skeleton, index, parent, student, cut)
+                    else:
+                        found = _run_layer(job, skeleton, index, parent)
+                    empty(skeleton.layers[index])
                 with _timed(clock, "write"):
-                    for entry in sums:
-                        for field, value in entry.tensors().items():
-                            write(f"{entry.site.name}.{field}", value)
-                del sums, weights
+                    _write(found, write)
+                progress.advance(job.num_tokens)
+                del found, weights
         with _timed(clock, "mtp"):
-            _run_mtp(job, skeleton, activations, write)
+            _write(_run_mtp(job, skeleton, student or parent), write)
     return {name: round(value, 3) for name, value in clock.items()}
 
 
-def _run_one(
-    job: Job,
-    skeleton: Skeleton,
-    index: int,
-    weights: dict[str, Tensor],
-    activations: Activations,
-    progress: Progress,
-) -> list[SiteSums]:
-    """Run one layer over all batches; its output replaces its input in `activations`."""
-    layer = skeleton.layers[index]
-    fill(layer, weights, job.device)
+def _write(found: Mapping[str, Mapping[str, NDArray[Any]]], write: Write) -> None:
+    for site, fields in found.items():
+        for field, value in fields.items():
+            write(f"{site}.{field}", value)
+
+
+def _run_layer(job: Job, skeleton: Skeleton, index: int, parent: Activations) -> Fields:
+    """Run one layer over all batches; its output replaces its input in `parent`."""
     sums = job.sums([site for site in job.sites if site.module is not None and site.layer == index])
     with hooked(skeleton.model, sums) as hooks:
         for position, (_, _, mask_BS, batch) in enumerate(job.loaded()):
             hooks.batch = batch
-            hidden_BSD = activations.get(position, job.device)
-            activations.put(position, skeleton.run_layer(index, hidden_BSD, mask_BS))
-            progress.advance(int(mask_BS.sum()))
-    empty(layer)
-    return sums
+            hidden_BSD = parent.get(position, job.device)
+            parent.put(position, skeleton.run_layer(index, hidden_BSD, mask_BS))
+    return {entry.site.name: entry.tensors() for entry in sums}
 
 
-def _run_mtp(job: Job, skeleton: Skeleton, activations: Activations, write: Write) -> None:
+def _run_mtp(job: Job, skeleton: Skeleton, activations: Activations) -> Fields:
     sums = job.sums([site for site in job.sites if site.module is None])
     if not sums:
-        return
+        return {}
     layers = load_mtp_layers(job, sums)
     embedding, norm = skeleton.model.get_input_embeddings(), skeleton.decoder.norm
     for module in (embedding, norm):
@@ -151,9 +120,7 @@ def _run_mtp(job: Job, skeleton: Skeleton, activations: Activations, write: Writ
         for position, (_, input_ids_BS, mask_BS, batch) in enumerate(job.loaded()):
             hidden_BSD = norm(activations.get(position, job.device))
             run_mtp_layers(job, layers, hooks, embedding, hidden_BSD, input_ids_BS, mask_BS, batch)
-    for entry in sums:
-        for field, value in entry.tensors().items():
-            write(f"{entry.site.name}.{field}", value)
+    return {entry.site.name: entry.tensors() for entry in sums}
 
 
 def _read_layer(skeleton: Skeleton, index: int) -> dict[str, Tensor]:
@@ -175,20 +142,6 @@ def _reader_thread() -> Iterator[ThreadPoolExecutor]:
         yield pool
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-@contextmanager
-def _spill_file(folder: Path, needed: bool) -> Iterator[Path | None]:
-    if not needed:
-        yield None
-        return
-    with disk_errors(folder):
-        descriptor, name = tempfile.mkstemp(prefix=".activations-", suffix=".partial", dir=folder)
-    os.close(descriptor)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 @contextmanager

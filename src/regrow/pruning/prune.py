@@ -3,7 +3,7 @@
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,11 +18,25 @@ from regrow.progress import Progress, say
 from regrow.pruning.criteria import CRITERIA, Channels, Criterion, find_criterion
 from regrow.pruning.norms import channel_norms
 from regrow.pruning.plan import load_plan, save_plan
-from regrow.pruning.refit import refit_down
+from regrow.pruning.refit import Refit, Shift, refit_down
 from regrow.pruning.rewrite import rewrite_checkpoint
 from regrow.pruning.select import check_width, top_channels
-from regrow.pruning.statistics import Statistics
+from regrow.pruning.statistics import Statistics, mode_behind
 from regrow.types import MlpSite, PruningPlan
+
+
+class Measured(Protocol):
+    """Statistics of a site, in a file or in memory."""
+
+    def has(self, site: str, field: str) -> bool:
+        """Whether that was counted."""
+
+    def read(self, site: str, field: str) -> NDArray[Any]:
+        """One tensor of the layout."""
+
+    def num_tokens(self, site: str) -> tuple[int, int]:
+        """Tokens that reached the site: calibration, held out."""
+
 
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float32}
 
@@ -79,6 +93,11 @@ def prune(
     measured = Statistics(statistics) if statistics is not None else None
     if measured is not None:
         notes += check_statistics(measured, parent, sites)
+        mode = measured.header["mode"]
+        if mode != "parent" and (plan is not None or not refit or mode != mode_behind(width, criterion)):
+            raise UserError(
+                f"{measured.path} was gathered {mode}; prune like that, without a plan, or calibrate again."
+            )
     if plan is not None:
         chosen = load_plan(plan)
         if set(chosen.width.values()) != {width}:
@@ -168,9 +187,8 @@ def choose_channels(
     with Progress(f"score ({criterion.name})", len(sites), "sites") as progress:
         for position, site in enumerate(sites):
             used = _criterion_for(site, criterion, measured, notes)
-            channels = site_channels(reader, site, used, measured, seed * 1_000_003 + position)
-            scores_F = used.score(channels, width)
-            kept[site.name] = tuple(top_channels(scores_F, width, site.name).tolist())
+            site_seed = seed * 1_000_003 + position
+            kept[site.name] = tuple(choose_site(reader, site, width, used, measured, site_seed).tolist())
             progress.advance(1)
     origin: dict[str, Any] = {"criterion": criterion.name, "citation": criterion.citation, "seed": seed}
     if measured is not None and criterion.needs_statistics:
@@ -178,6 +196,23 @@ def choose_channels(
         origin["num_tokens"] = measured.header["num_tokens"]
     kinds = {site.kind for site in sites}
     return PruningPlan(parent=parent, width=dict.fromkeys(sorted(kinds), width), kept=kept, origin=origin)
+
+
+def choose_site(
+    reader: CheckpointReader,
+    site: MlpSite,
+    width: int,
+    criterion: Criterion,
+    measured: Measured | None,
+    seed: int,
+) -> Tensor:
+    """Ascending indices [width] of the channels of one site that stay.
+
+    Raises:
+        UserError: the criterion needs statistics that are not there.
+    """
+    channels = site_channels(reader, site, criterion, measured, seed)
+    return top_channels(criterion.score(channels, width), width, site.name)
 
 
 def _criterion_for(
@@ -197,9 +232,11 @@ def _criterion_for(
 
 
 def site_channels(
-    reader: CheckpointReader, site: MlpSite, criterion: Criterion, measured: Statistics | None, seed: int
+    reader: CheckpointReader, site: MlpSite, criterion: Criterion, measured: Measured | None, seed: int
 ) -> Channels:
     """What the criterion needs of one site, read now.
+
+    Behind pruned layers, down_proj is the one that makes up for them with all channels still there.
 
     Raises:
         UserError: statistics are missing.
@@ -210,6 +247,8 @@ def site_channels(
         fields["down_l1_F"], fields["down_l2_F"] = torch.from_numpy(norms.l1), torch.from_numpy(norms.l2)
     if "down" in criterion.needs:
         fields["down_DF"] = read_down(reader, site)
+        if measured is not None and measured.has(site.name, "shift"):
+            fields["down_DF"] = refit_site(reader, site, torch.arange(site.width), measured).weight_DK
     wanted = {
         "sums": ("sum_squares", "sum_absolute", "sum"),
         "gram": ("gram",),
@@ -235,6 +274,26 @@ def site_channels(
             fields[name + suffix.get(need, "_F")] = torch.from_numpy(measured.read(site.name, name))
             num_tokens = measured.num_tokens(site.name)[0]
     return Channels(width=site.width, seed=seed, num_tokens=num_tokens, **fields)  # type: ignore[arg-type]
+
+
+def refit_site(reader: CheckpointReader, site: MlpSite, kept_K: Tensor, measured: Measured) -> Refit:
+    """down_proj of one site refitted to its kept channels."""
+
+    def read(field: str) -> Tensor:
+        return torch.from_numpy(measured.read(site.name, field))
+
+    shift = None
+    if measured.has(site.name, "shift"):
+        shift = Shift(read("shift"), read("held_out_shift"), float(read("held_out_shift_power")[0]))
+    return refit_down(
+        read_down(reader, site),
+        kept_K,
+        gram_FF=read("gram"),
+        num_tokens=measured.num_tokens(site.name)[0],
+        held_out_gram_FF=read("held_out_gram"),
+        stored_dtype=_STORED[reader.tensors[site.down.name].dtype],
+        shift=shift,
+    )
 
 
 def read_down(reader: CheckpointReader, site: MlpSite) -> Tensor:
@@ -270,14 +329,7 @@ def _refit_site(
     row: dict[str, Any],
     notes: list[str],
 ) -> NDArray[np.float32]:
-    result = refit_down(
-        read_down(reader, site),
-        torch.tensor(plan.kept[site.name]),
-        gram_FF=torch.from_numpy(measured.read(site.name, "gram")),
-        num_tokens=measured.num_tokens(site.name)[0],
-        held_out_gram_FF=torch.from_numpy(measured.read(site.name, "held_out_gram")),
-        stored_dtype=_STORED[reader.tensors[site.down.name].dtype],
-    )
+    result = refit_site(reader, site, torch.tensor(plan.kept[site.name]), measured)
     row |= {
         "error_before": result.error_before,
         "error_after": result.error_after,

@@ -11,9 +11,12 @@ and h that of gate_proj:
   fisher                                [F] float64   sum over sequences of squared gradients (if asked for)
   output_fisher                         [D, D] float32  sum over tokens of g g^T, g the gradient at the output
                                                         of down_proj (with fisher)
+  shift, held_out_shift                 [D, F] float32  sum of d x^T, d what the residual stream lost so far
+                                                        (method sequential)
+  held_out_shift_power                  [1] float64     sum of ||d||^2 over held-out tokens
 
-All but `held_out_gram` run over the calibration share. Files are written and read one tensor at a time: at
-F = 9216 a gram is 340 MB, and 33 layers with both are 22 GB.
+All but the `held_out` ones run over the calibration share. Files are written and read one tensor at a time:
+at F = 9216 a gram is 340 MB, and 33 layers with both are 22 GB.
 """
 
 import json
@@ -37,7 +40,14 @@ _LARGEST_HEADER = 100_000_000
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 
 
-def site_layout(name: str, width: int, hidden: int, *, correlations: bool, fisher: bool) -> Layout:
+def mode_behind(width: int, criterion: str) -> str:
+    """The `mode` of statistics gathered behind layers that were pruned like this; else it is `parent`."""
+    return f"behind layers pruned to {width} by {criterion} with the refit"
+
+
+def site_layout(
+    name: str, width: int, hidden: int, *, correlations: bool, fisher: bool, shift: bool = False
+) -> Layout:
     """Tensor name -> (dtype, shape) of one site."""
     fields: Layout = dict.fromkeys(("sum_squares", "sum_absolute", "sum"), ("F64", (width,)))
     fields |= dict.fromkeys(("input_sum_squares", "input_sum_absolute"), ("F64", (hidden,)))
@@ -47,6 +57,9 @@ def site_layout(name: str, width: int, hidden: int, *, correlations: bool, fishe
         fields["output_fisher"] = ("F32", (hidden, hidden))
     if correlations:
         fields |= dict.fromkeys(("gram", "held_out_gram"), ("F32", (width, width)))
+    if shift:
+        fields |= dict.fromkeys(("shift", "held_out_shift"), ("F32", (hidden, width)))
+        fields["held_out_shift_power"] = ("F64", (1,))
     return {f"{name}.{field}": value for field, value in fields.items()}
 
 
