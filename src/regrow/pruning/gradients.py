@@ -17,6 +17,7 @@ from regrow.modeling.hidden import Head, final_hidden, head_of
 from regrow.pruning.accumulate import Batch, SiteSums
 
 _CHUNK_TOKENS = 256
+_DRAW_BLOCK = 256
 
 
 def add_fisher(
@@ -91,13 +92,29 @@ def _drawn_gradient(hidden_BSD: Tensor, head: Head, batch: Batch, seed: int) -> 
         for begin in range(0, length, _CHUNK_TOKENS):
             rows = slice(begin, min(begin + _CHUNK_TOKENS, length))
             p_NV = (head.logits(hidden_BSD[row, rows]).float()).softmax(-1)
-            cumulative_NV = p_NV.double().cumsum(-1)
-            drawn_N = torch.searchsorted(cumulative_NV, uniform_S[rows, None] * cumulative_NV[:, -1:])[:, 0]
-            p_NV[torch.arange(len(p_NV)), drawn_N.clamp(max=p_NV.shape[1] - 1)] -= 1
+            p_NV[torch.arange(len(p_NV)), draw(p_NV, uniform_S[rows])] -= 1
             gradient_BSD[row, rows] = ((p_NV.to(head.weight_VD.dtype) @ head.weight_VD) * head.scale).to(
                 gradient_BSD.dtype
             )
     return gradient_BSD
+
+
+def draw(p_NV: Tensor, uniform_N: Tensor) -> Tensor:
+    """One index [N] per distribution: where its distribution function passes `uniform_N` (float64).
+
+    The function is summed in two steps, blocks and then one block, in float64: a whole sum of that kind over
+    a large vocabulary takes longer than the forward pass.
+    """
+    N, V = p_NV.shape
+    blocks_NBW = torch.nn.functional.pad(p_NV, (0, -V % _DRAW_BLOCK)).view(N, -1, _DRAW_BLOCK)
+    sums_NB = blocks_NBW.sum(-1, dtype=torch.float64)
+    ends_NB = sums_NB.cumsum(-1)
+    target_N1 = uniform_N[:, None] * ends_NB[:, -1:]
+    block_N1 = torch.searchsorted(ends_NB, target_N1).clamp(max=sums_NB.shape[1] - 1)
+    before_N1 = ends_NB.gather(1, block_N1) - sums_NB.gather(1, block_N1)
+    inside_NW = blocks_NBW[torch.arange(N, device=p_NV.device), block_N1[:, 0]].double().cumsum(-1)
+    within_N = torch.searchsorted(inside_NW, target_N1 - before_N1)[:, 0].clamp(max=_DRAW_BLOCK - 1)
+    return (block_N1[:, 0] * _DRAW_BLOCK + within_N).clamp(max=V - 1)
 
 
 def _last(tensor_name: str) -> str:

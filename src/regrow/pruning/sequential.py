@@ -145,7 +145,7 @@ def residual_scale(job: Job, skeleton: Skeleton, index: int, down: nn.Module, st
     layer = skeleton.layers[index]
     _, _, mask_BS, batch = next(iter(job.loaded()))
     hidden_BSD = student.get(0, job.device).float()
-    weight_DF = down.get_parameter("weight")
+    weight_DF = down.get_parameter("weight").detach().clone()  # `float()` changes the module's own in place
     seen: dict[str, Tensor] = {}
     handle = down.register_forward_hook(lambda module, inputs, output: seen.update(y=output))
     layer.float()

@@ -17,6 +17,7 @@ from regrow.data.templates import Encoded
 from regrow.errors import RunError, UserError
 from regrow.modeling.load import load_model, load_tokenizer
 from regrow.pruning.calibrate import calibrate, choose_rows
+from regrow.pruning.gradients import draw
 from regrow.pruning.statistics import Statistics
 from tiny_models import save_tiny_model
 
@@ -230,6 +231,19 @@ def test_fisher_equals_gradients_of_a_factor(models: dict[str, Path], corpus: st
         got = torch.from_numpy(Statistics(out).read(f"layers.{layer_index}", "output_fisher")).double()
         largest = float(outer[layer_index].abs().max())
         torch.testing.assert_close(got, outer[layer_index], rtol=1e-3, atol=1e-5 * largest)
+
+
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 1000])
+def test_draws_invert_the_distribution_function(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    p = (torch.randn(200, vocabulary, generator=generator) * 3).softmax(-1)
+    uniform = torch.rand(200, generator=generator, dtype=torch.float64)
+    uniform[:2] = torch.tensor([0.0, 1.0])
+    cumulative = p.double().cumsum(-1)
+    expected = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:])[:, 0]
+    got = draw(p, uniform)
+    assert got.max() < vocabulary
+    assert float((got == expected.clamp(max=vocabulary - 1)).float().mean()) > 0.99  # ties of rounding
 
 
 @pytest.mark.parametrize("method", ["in_memory", "layerwise"])

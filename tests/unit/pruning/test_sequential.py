@@ -140,8 +140,8 @@ def test_statistics_are_for_one_way_of_pruning(corpus: str, tmp_path: Path) -> N
 
 
 def test_multi_token_prediction_sees_the_pruned_trunk(corpus: str, tmp_path: Path) -> None:
-    folder = save_tiny_model("qwen3_5", tmp_path / "parent")
-    run(folder, corpus, tmp_path / "s", criterion="obs_fisher")
+    folder = save_tiny_model("qwen3_5", tmp_path / "parent", dtype=torch.bfloat16)
+    run(folder, corpus, tmp_path / "s", criterion="obs_fisher", dtype="bfloat16")
     report = cut(folder, tmp_path / "s", tmp_path / "out", criterion="obs_fisher")
     assert any("has no gradients; its channels are chosen by obs" in note for note in report["notes"])
     assert all(layer["error_after"] < layer["error_before"] for layer in report["layers"])
