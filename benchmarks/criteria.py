@@ -1,5 +1,8 @@
 """Every criterion, with and without refit, on a real model: agreement, KL and perplexity on held-out text.
 
+The last untrained row of a width is the whole recipe: `obs_fisher` and the refit, calibrated sequentially,
+each layer behind the pruned ones (`sequential` in the row).
+
     python benchmarks/criteria.py --width 1280 --untrained          # one width, no training: about 20 minutes
     python benchmarks/criteria.py                                   # three widths and a short distillation
 
@@ -33,6 +36,7 @@ from regrow.pruning.prune import prune
 
 # Counted after the short distillation besides plain Wanda: the best three before it, whichever they are.
 _NUM_TRAINED = 3
+_BEST = "obs_fisher"
 
 
 class HeldOut:
@@ -129,7 +133,7 @@ def main() -> None:
     for width in widths:
         for name in criteria:
             for refit in (False, True):
-                folder = work / f"{name}-{'refit' if refit else 'cut'}-{width}" / "model"
+                folder = work / _name(_row(name, refit, width)) / "model"
                 if not folder.exists():
                     prune(
                         model=teacher,
@@ -139,9 +143,13 @@ def main() -> None:
                         refit=refit,
                         statistics=statistics,
                     )
-                row = {"criterion": name, "refit": refit, "width": width, "trained_tokens": 0}
+                row = _row(name, refit, width)
                 rows.append(row | held_out.measure(folder))
                 say(f"row {json.dumps(rows[-1])}")
+        if _BEST in criteria:
+            folder = _prune_sequentially(teacher, width, work, options)
+            rows.append(_row(_BEST, True, width, sequential=True) | held_out.measure(folder))
+            say(f"row {json.dumps(rows[-1])}")
     if not options.untrained:
         for width in widths:
             rows += _trained_rows(rows, width, teacher, held_out, work, options)
@@ -166,6 +174,39 @@ def main() -> None:
     )
 
 
+def _row(criterion: str, refit: bool, width: int, sequential: bool = False) -> dict[str, Any]:
+    row = {"criterion": criterion, "refit": refit, "sequential": sequential}
+    return row | {"width": width, "trained_tokens": 0}
+
+
+def _name(row: dict[str, Any]) -> str:
+    how = "sequential" if row["sequential"] else "refit" if row["refit"] else "cut"
+    return f"{row['criterion']}-{how}-{row['width']}"
+
+
+def _prune_sequentially(teacher: Path, width: int, work: Path, options: argparse.Namespace) -> Path:
+    """The whole recipe, calibrated for this width."""
+    folder = work / _name(_row(_BEST, True, width, sequential=True)) / "model"
+    if folder.exists():
+        return folder
+    statistics = work / f"sequential-{width}.safetensors"
+    if not statistics.exists():
+        calibrate(
+            model=teacher,
+            corpora=[(source, "train", 1.0, None) for source in options.corpus],
+            out=statistics,
+            num_tokens=options.tokens,
+            sequence_length=options.length,
+            method="sequential",
+            width=width,
+            criterion=_BEST,
+            device="cpu",
+        )
+    prune(model=teacher, out=folder, width=width, criterion=_BEST, statistics=statistics)
+    statistics.unlink()
+    return folder
+
+
 def _trained_rows(
     rows: list[dict[str, Any]],
     width: int,
@@ -184,7 +225,7 @@ def _trained_rows(
     ]
     trained = []
     for row in chosen:
-        name = f"{row['criterion']}-{'refit' if row['refit'] else 'cut'}-{width}"
+        name = _name(row)
         out = work / f"{name}-trained" / "model"
         report = distill(
             student=work / name / "model",
@@ -212,7 +253,7 @@ def _print_table(rows: list[dict[str, Any]]) -> None:
         cells = [
             str(row["width"]),
             row["criterion"],
-            "yes" if row["refit"] else "no",
+            "sequential" if row["sequential"] else "yes" if row["refit"] else "no",
             f"{row['trained_tokens']:,}",
             f"{row['agreement']:.3f}",
             f"{row['kl']:.3f}",
