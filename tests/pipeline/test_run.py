@@ -177,3 +177,31 @@ def test_dry_run_writes_nothing_and_takes_a_bare_config(tmp_path):
     assert "train.jsonl: 40 usable rows" in done.stdout
     assert "distill: run" in done.stdout
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_sequential_calibration_belongs_to_one_way_of_pruning(tmp_path):
+    parent = tmp_path / "parent"
+    save_tiny_model("llama", parent)
+    calibrate = {"num_tokens": 1500, "batch_size": 4, "method": "sequential"}
+    recipe = write_recipe(tmp_path, parent, calibrate=calibrate)
+    out = tmp_path / "run"
+    for criterion in ("obs", "obs_fisher"):
+        regrow(
+            "run",
+            recipe,
+            "--out",
+            out / criterion,
+            "--until",
+            "prune",
+            "--set",
+            f"prune.criterion={criterion}",
+        )
+        report = json.loads((out / criterion / "stages/prune/report.json").read_text())
+        assert report["criterion"] == criterion
+    for change in ("prune.width=32", "prune.criterion=wanda"):
+        refused = regrow(
+            "run", recipe, "--out", out / "obs", "--until", "prune", "--set", change, check=False
+        )
+        assert refused.returncode == 2
+        assert "calibrate" in refused.stderr
+        assert change.split("=")[0].rpartition(".")[2] in refused.stderr
