@@ -83,7 +83,7 @@ def options(arguments):
         "held_out_tokens": 64,
         "warmup_fraction": 0.0,
         "optimizer": "adamw_torch_fused",
-        "select_best": False,
+        "select_by": "last",
     }
 
 

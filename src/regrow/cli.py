@@ -256,6 +256,22 @@ def recover(
     _train("recover", recover_model, student, teacher, corpus, held_out, steps, out, settings)
 
 
+@app.command()
+def finish(
+    student: Student,
+    teacher: Teacher,
+    corpus: CorpusFiles,
+    held_out: HeldOut,
+    steps: Steps,
+    out: Out,
+    settings: Set = None,
+) -> None:
+    """Distil on the student's own answers, judged by its parent; --set takes keys of a recipe's finish."""
+    from regrow.training.distill import distill as distill_model
+
+    _train("finish", distill_model, student, teacher, corpus, held_out, steps, out, settings)
+
+
 def _train(
     stage: str,
     function: Any,

@@ -85,7 +85,11 @@ class Training(Section):
     loss_chunk_tokens: Positive | None = None
     eval_steps: Positive | None = None
     save_steps: Positive | None = None
-    select_best: bool = True
+    select_by: Literal["held_out_kl", "development", "last"] = "held_out_kl"
+    patience: Positive | None = None
+    development_prompts: str = "builtin:dev"
+    development_limit: Positive | None = 128
+    development_tokens: Positive = 512
     on_spike: Literal["stop", "skip"] = "stop"
     logging_steps: Positive = 10
     report_to: tuple[str, ...] = ("tensorboard",)
@@ -118,6 +122,18 @@ class Recover(Training):
         "o_proj",
     )
     linear_attention: bool = False
+
+
+class Finish(Distill):
+    """Distillation on the student's own answers to the corpus' prompts (on-policy), after everything else.
+
+    `loss: jsd` mixes forward and reverse KL; `beta` is the teacher's share.
+    """
+
+    loss: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl"] = "jsd"
+    on_policy_fraction: Fraction = 1.0
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    select_by: Literal["held_out_kl", "development", "last"] = "development"
 
 
 class IfevalOptions(Section):
@@ -185,6 +201,7 @@ class Recipe(Section):
     prune: Prune
     distill: Distill | None = None
     recover: Recover | None = None
+    finish: Finish | None = None
     evaluate: Evaluate = Evaluate()
     report: Report = Report()
 

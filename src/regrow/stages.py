@@ -158,6 +158,13 @@ def _recover(context: Context) -> dict[str, Any]:
     return _train(context, recover, context.recipe.recover, context.student("recover"), context.out / "model")
 
 
+def _finish(context: Context) -> dict[str, Any]:
+    from regrow.training.distill import distill
+
+    assert context.recipe.finish is not None
+    return _train(context, distill, context.recipe.finish, context.student("finish"), context.out / "model")
+
+
 def _evaluate(context: Context) -> dict[str, Any]:
     from regrow.evaluation.compare import compare_runs
     from regrow.evaluation.evaluate import evaluate_models
@@ -247,7 +254,7 @@ def train_once(
     """A training stage as a verb of its own, with the checks and defaults of a recipe.
 
     Args:
-        stage: `"distill"` or `"recover"`.
+        stage: `"distill"`, `"recover"` or `"finish"`.
         function: the stage's leaf function.
         student, teacher: local model folders.
         corpora, held_out: sources as in a recipe.
@@ -281,9 +288,9 @@ def one_stage_recipe(
     return parse_recipe(value, f"regrow {stage}")
 
 
-MODEL_STAGES = ("prune", "distill", "recover")
+MODEL_STAGES = ("prune", "distill", "recover", "finish")
 _RECORDS = Path("stages/evaluate/records")
-MODEL_NAMES = {"prune": "pruned", "distill": "distilled", "recover": "recovered"}
+MODEL_NAMES = {"prune": "pruned", "distill": "distilled", "recover": "recovered", "finish": "finished"}
 
 _DATA = ("corpora", "sequence_length", "enable_thinking", "seed")
 
@@ -310,6 +317,13 @@ STAGES: tuple[Stage, ...] = (
         ("recover", "held_out", *_DATA),
         _recover,
         lambda recipe: recipe.recover is not None,
+    ),
+    Stage(
+        "finish",
+        ("prune", "distill", "recover"),
+        ("finish", "held_out", *_DATA),
+        _finish,
+        lambda recipe: recipe.finish is not None,
     ),
     Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate),
     Stage("report", (*MODEL_STAGES, "evaluate"), ("name", "report"), _report),

@@ -77,6 +77,13 @@ def write_recipe(folder: Path, parent: Path, **changes) -> Path:
         "prune": {"width": 64, "step": 32, "shards": 3},
         "distill": {"max_steps": 6, **training},
         "recover": {"max_steps": 3, "rank": 2, "alpha": 4, **training},
+        "finish": {
+            "max_steps": 3,
+            "rollout_tokens": 8,
+            "development_prompts": str(folder / "prompts.jsonl"),
+            "development_tokens": 8,
+            **training,
+        },
         "evaluate": {
             "ifeval": {"prompts": str(folder / "prompts.jsonl"), "max_new_tokens": 8, "batch_size": 4},
             "latency": {"prompt_tokens": 16, "new_tokens": 4, "repeats": 1},
@@ -96,10 +103,10 @@ def test_whole_run_then_skip(tmp_path, family):
     regrow("run", recipe, "--out", out)
 
     results = json.loads((out / "results.json").read_text())
-    assert list(results["stages"]) == ["calibrate", "prune", "distill", "recover", "evaluate"]
-    assert set(results["models"]) == {"teacher", "pruned", "distilled", "recovered"}
-    assert results["final"] == "recovered"
-    for name in ("pruned", "distilled", "recovered"):
+    assert list(results["stages"]) == ["calibrate", "prune", "distill", "recover", "finish", "evaluate"]
+    assert set(results["models"]) == {"teacher", "pruned", "distilled", "recovered", "finished"}
+    assert results["final"] == "finished"
+    for name in ("pruned", "distilled", "recovered", "finished"):
         fidelity = results["models"][name]["fidelity"]
         assert 0 <= fidelity["top1_agreement"] <= 1
         assert fidelity["kl_mean"] >= 0
@@ -121,7 +128,7 @@ def test_whole_run_then_skip(tmp_path, family):
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
     again = regrow("run", recipe, "--out", out)
-    assert again.stderr.count("already finished, skipped") == 6
+    assert again.stderr.count("already finished, skipped") == 7
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*.safetensors")}
 
 
@@ -129,7 +136,7 @@ def test_whole_run_then_skip(tmp_path, family):
 def test_killed_run_ends_at_the_same_weights(tmp_path):
     parent = tmp_path / "parent"
     save_tiny_model("llama", parent)
-    recipe = write_recipe(tmp_path, parent, recover=None)
+    recipe = write_recipe(tmp_path, parent, recover=None, finish=None)
     regrow("run", recipe, "--out", tmp_path / "whole", "--until", "distill")
 
     command = [

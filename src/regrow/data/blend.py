@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrow.data.corpora import Corpus, open_corpus
+from regrow.data.health import corpus_problems
 from regrow.data.templates import Encoded, require_chat_template, tokenize_example, turn_end_ids
 from regrow.errors import UserError
-from regrow.progress import Progress
+from regrow.progress import Progress, say
 
 CorpusSpec = tuple[str, str, float, int | None]
 _SILENT_ROWS = 2_000
@@ -26,7 +27,7 @@ class EncodedCorpus:
         rows: encoded rows, in the blend's (seeded) order.
         sources: per corpus: source, split, weight, content hash, rows read and used, tokens used.
         hash: SHA-256 of the rows' tokens and masks, in order.
-        notes: sentences about rows that were left out or cut off.
+        notes: sentences about rows left out or cut off, and answers that nobody should learn from.
     """
 
     rows: list[Encoded]
@@ -61,6 +62,9 @@ def encode_corpora(
     for position, (source, split, weight, limit) in enumerate(corpora):
         corpus = open_corpus(source, split=split, limit=limit)
         notes += corpus.notes
+        for problem in corpus_problems(corpus):
+            say(problem)
+            notes.append(problem)
         rows, row_notes = _encode(tokenizer, corpus, max_length, enable_thinking)
         notes += row_notes
         random.Random(f"{seed}-{position}").shuffle(rows)

@@ -54,6 +54,7 @@ KINDS: dict[str, dict[str, type]] = {
     "startend:end_checker": {"end_phrase": str},
     "startend:quotation": {},
 }
+_END_THINK = "</think>"
 PUNKT_KINDS = frozenset({"change_case:capital_word_frequency", "length_constraints:number_sentences"})
 # The checkers use these arguments as regular expressions.
 _PATTERNS = frozenset({"keywords", "forbidden_words", "keyword", "section_spliter", "postscript_marker"})
@@ -70,6 +71,17 @@ class Verdict:
 
     strict: list[bool]
     loose: list[bool]
+
+
+def answer_of(response: str, *, thinking: bool) -> str:
+    """The part of a response that is judged: what follows the thinking block.
+
+    Where thinking was asked for and the block never ends, nothing was answered.
+    """
+    head, separator, answer = response.rpartition(_END_THINK)
+    if separator:
+        return answer.lstrip("\n")
+    return "" if thinking else head + answer
 
 
 def check_response(

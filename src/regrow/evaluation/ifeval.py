@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from regrow.checkpoint import CheckpointReader
+from regrow.data.prompts import Key, Prompt, hash_prompts, read_prompts, read_responses
 from regrow.errors import UserError
-from regrow.evaluation.prompts import Key, Prompt, hash_prompts, read_prompts, read_responses
 from regrow.evaluation.records import settings_hash
 from regrow.evaluation.scoring import score_prompt, summarise
 from regrow.files import disk_errors

@@ -9,8 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from regrow.data.prompts import read_jsonl
 from regrow.errors import UserError
-from regrow.evaluation.prompts import read_jsonl
 from regrow.files import disk_errors, read_json, sha256_json, write_json
 from regrow.types import EvalResult
 

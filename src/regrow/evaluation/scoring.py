@@ -6,25 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from regrow.data.constraints import check_response
+from regrow.data.constraints import answer_of, check_response
+from regrow.data.prompts import Prompt
 from regrow.evaluation.intervals import bootstrap_interval, wilson_interval
-from regrow.evaluation.prompts import Prompt
 
 METRICS = ("prompt_level_strict", "inst_level_strict", "prompt_level_loose", "inst_level_loose")
 _NGRAM = 4
 _REPEATS_FROM = 0.5
-_END_THINK = "</think>"
-
-
-def answer_of(response: str, *, thinking: bool) -> str:
-    """The part of a response that is judged: what follows the thinking block.
-
-    Where thinking was asked for and the block never ends, nothing was answered.
-    """
-    head, separator, answer = response.rpartition(_END_THINK)
-    if separator:
-        return answer.lstrip("\n")
-    return "" if thinking else head + answer
 
 
 def score_prompt(prompt: Prompt, row: Mapping[str, Any], *, thinking: bool = False) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def summary(facts: Facts) -> str:
 _MADE_BY = {
     "distill": "distilled from the unpruned parent over the full vocabulary",
     "recover": "recovered with LoRA on the same distillation loss and merged",
+    "finish": "finished on its own answers, judged by the parent token by token",
 }
 
 

@@ -15,7 +15,12 @@ _LOSSES = {
     "jsd": "generalised Jensen-Shannon divergence",
     "skewed_kl": "skewed KL",
 }
-_STAGES = {"distill": "Distillation", "recover": "LoRA recovery"}
+_STAGES = {"distill": "Distillation", "recover": "LoRA recovery", "finish": "On-policy finish"}
+_DONE = {
+    "distill": "Distilled",
+    "recover": "Recovered: LoRA trained and merged",
+    "finish": "Finished on the student's own answers",
+}
 
 
 def procedure(facts: Facts) -> list[str]:
@@ -44,10 +49,8 @@ def procedure(facts: Facts) -> list[str]:
         else:
             options = facts.settings(stage)
             loss = _LOSSES.get(str(options.get("loss")), "divergence")
-            what = "Distilled" if stage == "distill" else "Recovered: LoRA trained and merged"
-            found.append(
-                f"{what}: {loss} over the full vocabulary, computed in fp32, against the frozen parent."
-            )
+            how = f"{loss} over the full vocabulary, computed in fp32, against the frozen parent"
+            found.append(f"{_DONE[stage]}: {how}.")
     return found
 
 
@@ -133,9 +136,10 @@ def pruned_and_preserved(facts: Facts) -> list[str]:
     refitted = number(pruned, "refitted")
     if refitted:
         found.append(f"Refitted: {count(refitted)} down_proj matrices.")
-    what = str(facts.settings("distill").get("train"))
-    if facts.moved("distill") and what in _TRAINED:
-        found.append(f"Trained afterwards: {_TRAINED[what]}.")
+    for stage in facts.training:
+        what = str(facts.settings(stage).get("train"))
+        if facts.moved(stage) and what in _TRAINED:
+            found.append(f"{_STAGES[stage]} trained {_TRAINED[what]}.")
     targets = facts.settings("recover").get("targets")
     if facts.moved("recover") and isinstance(targets, list):
         found.append(f"LoRA merged into: {', '.join(one_line(target) for target in targets)}.")

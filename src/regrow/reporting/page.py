@@ -171,10 +171,11 @@ def _types_plot(facts: Facts) -> str:
 
 def _loss_plot(facts: Facts) -> str:
     panels = []
-    for stage, title in (("distill", "Distil"), ("recover", "Recover (LoRA)")):
+    for stage in facts.training:
         pairs = records.loss_points(facts, stage)
         if pairs:
             steps, losses = zip(*pairs, strict=True)
+            title = records.STAGE_NAMES[stage]
             panels.append(Panel(title, (Series("loss", steps, losses, "student", markers=len(steps) < 30),)))
     return plots.lines("loss", panels, "optimiser step", "Training loss by step")
 
@@ -184,12 +185,12 @@ def _held_out_plot(facts: Facts) -> str:
     curves: dict[str, tuple[list[float], list[float]]] = {"kl": ([], []), "top1": ([], [])}
     boundaries: list[tuple[float, str]] = []
     start = 0.0
-    for stage, label in (("distill", "distil"), ("recover", "recover")):
+    for stage in facts.training:
         found = records.held_out_points(facts, stage)
         if not found:
             continue
         if start:
-            boundaries.append((start, label))
+            boundaries.append((start, stage))
         for point in found:
             for key, (xs, ys) in curves.items():
                 if key in point:

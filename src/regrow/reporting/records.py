@@ -16,11 +16,12 @@ from regrow.reporting.text import (
     size,
 )
 
-_STAGE_NAMES = {
+STAGE_NAMES = {
     "calibrate": "Calibrate",
     "prune": "Prune",
     "distill": "Distil",
     "recover": "Recover (LoRA)",
+    "finish": "Finish (on-policy)",
     "evaluate": "Evaluate",
     "report": "Report",
 }
@@ -42,7 +43,8 @@ _SETTINGS = {
     "on_policy_fraction": "Share of text by the student itself",
     "refresh_steps": "Steps between new texts by the student",
     "rollout_tokens": "Length of a text by the student",
-    "select_best": "Best checkpoint kept",
+    "select_by": "Checkpoint chosen by",
+    "patience": "Patience (evaluations)",
     "rank": "LoRA rank",
     "alpha": "LoRA alpha",
     "dropout": "LoRA dropout",
@@ -177,7 +179,7 @@ def settings_table(facts: Facts) -> Table:
         values = [part.get(key) for part in sections]
         if any(value is not None for value in values):
             rows.append((label, *(_setting(value) for value in values)))
-    return Table(("Setting", *(_STAGE_NAMES[stage] for stage in stages)), tuple(rows))
+    return Table(("Setting", *(STAGE_NAMES[stage] for stage in stages)), tuple(rows))
 
 
 def times_table(facts: Facts) -> Table:
@@ -191,7 +193,7 @@ def times_table(facts: Facts) -> Table:
         memory = number(report, "peak_memory_bytes")
         rows.append(
             (
-                _STAGE_NAMES.get(stage, stage),
+                STAGE_NAMES.get(stage, stage),
                 duration(seconds),
                 count(steps) if steps is not None else "",
                 count(tokens) if tokens is not None else "",

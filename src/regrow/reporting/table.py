@@ -18,6 +18,7 @@ LABELS = {
     "pruned": "Pruned",
     "distilled": "Distilled",
     "recovered": "Recovered",
+    "finished": "Finished on-policy",
 }
 
 

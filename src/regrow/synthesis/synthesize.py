@@ -10,13 +10,13 @@ from typing import Any
 
 from regrow.checkpoint.reader import CheckpointReader
 from regrow.data.constraints import require_checkers
+from regrow.data.health import corpus_health, corpus_statistics
 from regrow.errors import UserError
 from regrow.files import publish_folder, read_json, require_new_folder, sha256_file, sha256_json, write_json
 from regrow.progress import say
 from regrow.synthesis.answers import answer_block
 from regrow.synthesis.blocks import Row, open_work, require_same, run_blocks
 from regrow.synthesis.decontaminate import decontaminate, decontaminate_ifeval
-from regrow.synthesis.health import corpus_health, corpus_statistics
 from regrow.synthesis.prompts import Prompt, generate_prompts, make_prompt
 from regrow.synthesis.selection import CutOff, Violations, select_rows
 from regrow.synthesis.sources import hold_out, read_prompts, self_prompts

@@ -26,6 +26,7 @@ from regrow.progress import Progress, say
 from regrow.training.arguments import training_arguments
 from regrow.training.best import BestWeights
 from regrow.training.checkpoints import claim_work_dir, newest_checkpoint, read_record
+from regrow.training.development import DevelopmentSet
 from regrow.training.held_out import HeldOut
 from regrow.training.record import RunRecord
 from regrow.training.rollouts import Rollouts
@@ -158,6 +159,17 @@ def run_training(
                 rank=args.process_index,
                 world_size=args.world_size,
             )
+        development = None
+        if settings.select_by == "development":
+            development = DevelopmentSet(
+                settings.development_prompts,
+                tokenizer,
+                limit=settings.development_limit,
+                max_new_tokens=settings.development_tokens,
+                enable_thinking=settings.enable_thinking,
+                rank=args.process_index,
+                world_size=args.world_size,
+            )
         batches = RunBatches(
             rows,
             plan,
@@ -184,6 +196,7 @@ def run_training(
                         args.process_index,
                         args.world_size,
                     ),
+                    development=development,
                     settings=settings,
                     record=record,
                     best=BestWeights(work_dir, writes=args.process_index == 0),
@@ -194,9 +207,15 @@ def run_training(
             except (ValueError, ImportError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(f"The trainer refuses these settings: {reason[:200]}.") from None
+            if trainer.is_fsdp_enabled and (rollouts or development):
+                raise UserError(
+                    "Under FSDP no process holds the whole student, so it cannot write text; set "
+                    "on_policy_fraction: 0 and select_by: held_out_kl, or use DDP."
+                )
             if trainer.is_fsdp_enabled and isinstance(teachers[0], LiveTeacher):
                 teachers[0].shard()
-            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+            if not trainer.has_waited_enough:  # a run that was killed after it had stopped early stays so
+                trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
     state, chosen_step, choice = _chosen_state(trainer, settings, work_dir)
     notes.append(choice)
@@ -306,17 +325,25 @@ def _chosen_state(
     """The weights to publish, the step they are from, and a sentence that says why."""
     record = trainer.record
     last = trainer.trained_state()
-    if not settings.select_best:
+    if settings.select_by == "last":
         return last, record.step, f"The weights are those of the last step, {record.step}."
     if record.best_step is None:
         raise RunError("No held-out evaluation gave a finite KL; look at the held-out text.")
-    kl = f"held-out KL {record.best_kl:.4f}"
+    measured = f"held-out KL {record.best_kl:.4f}"
+    if record.best_development is not None:
+        measured = f"{record.best_development:.1%} of the development set's instructions, {measured}"
+    early = f"; training stopped early at step {record.step}" if trainer.has_waited_enough else ""
     if record.best_step == 0:
-        return {}, 0, f"No step beat the untrained student ({kl}); its weights were kept, unchanged."
+        return {}, 0, f"No step beat the untrained student ({measured}); its weights were kept{early}."
     if record.best_step == record.step:
-        return last, record.step, f"The weights are those of the last step, {record.step}, the best ({kl})."
+        return (
+            last,
+            record.step,
+            f"The weights are those of the last step, {record.step}, the best ({measured}).",
+        )
     best = load_file(work_dir / f"best-{record.best_step}.safetensors")
-    return best, record.best_step, f"The weights are those of step {record.best_step}, the best ({kl})."
+    chosen = f"The weights are those of step {record.best_step}, the best ({measured}){early}."
+    return best, record.best_step, chosen
 
 
 def peak_memory_bytes(device: torch.device) -> int:

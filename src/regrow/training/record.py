@@ -16,11 +16,12 @@ class RunRecord:
             wrote, those in the loss, and tokens computed with the pads.
         seconds: time spent in training steps, over all sessions.
         losses: `{step, loss, learning_rate, tokens, grad_norm}` per logging interval; loss is the mean.
-        held_out: `{step, kl, top1_agreement, top5_agreement}` per evaluation.
+        held_out: `{step, kl, top1_agreement, top5_agreement}` per evaluation, and `development` (share of
+            instructions followed) where that selects.
         skipped: steps that were skipped, with the reason.
         recent: losses of the last steps, for the spike test.
         pending: sum and number of step losses since the last entry of `losses`.
-        best_step, best_kl: evaluation with the lowest held-out KL.
+        best_step, best_kl, best_development: the best evaluation.
     """
 
     step: int = 0
@@ -37,6 +38,7 @@ class RunRecord:
     pending: list[float] = field(default_factory=lambda: [0.0, 0.0])
     best_step: int | None = None
     best_kl: float | None = None
+    best_development: float | None = None
 
     def as_json(self) -> dict[str, Any]:
         """The record as JSON values."""
@@ -64,12 +66,26 @@ class RunRecord:
         return entry
 
     def add_evaluation(self, step: int, figures: dict[str, float]) -> bool:
-        """Append held-out figures; True where their KL is the lowest so far."""
+        """Append the figures of an evaluation; True where they are the best so far.
+
+        More instructions of the development set come first, where they were counted; then the lower KL.
+        """
         self.held_out.append({"step": step, **figures})
-        if not math.isfinite(figures["kl"]) or (self.best_kl is not None and figures["kl"] >= self.best_kl):
+        kl, development = figures["kl"], figures.get("development")
+        if not math.isfinite(kl):
             return False
-        self.best_step, self.best_kl = step, figures["kl"]
+        if self.best_kl is not None and (-(development or 0.0), kl) >= (
+            -(self.best_development or 0.0),
+            self.best_kl,
+        ):
+            return False
+        self.best_step, self.best_kl, self.best_development = step, kl, development
         return True
+
+    @property
+    def since_best(self) -> int:
+        """Evaluations after the best one."""
+        return sum(entry["step"] > (self.best_step or 0) for entry in self.held_out)
 
     @property
     def padding_efficiency(self) -> float:

@@ -26,7 +26,11 @@ class TrainingSettings:
         teacher_mode: `"live"`, or `"cached"`: final hidden states from disk.
         loss_chunk_tokens: tokens per chunk of the loss; None chooses.
         eval_steps, save_steps: None is a tenth of `max_steps`.
-        select_best: give back the weights with the lowest held-out KL, the untrained ones included.
+        select_by: whose weights are given back, the untrained ones included: those with the lowest
+            `"held_out_kl"`, those that follow most instructions of the `"development"` set, or the `"last"`.
+        patience: evaluations without a better one after which the run stops early; None trains to the end.
+        development_prompts, development_limit, development_tokens: the development set (as `ifeval.prompts`
+            of a recipe; its first `development_limit`), and the longest answer.
         on_spike: what happens when the loss is not finite or leaps: `"stop"`, or `"skip"` the step.
         logging_steps, report_to: as in `transformers.TrainingArguments`.
         held_out_tokens: the most tokens of the held-out evaluation; None spends a tenth of the run's time,
@@ -60,7 +64,11 @@ class TrainingSettings:
     loss_chunk_tokens: int | None = None
     eval_steps: int | None = None
     save_steps: int | None = None
-    select_best: bool = True
+    select_by: Literal["held_out_kl", "development", "last"] = "held_out_kl"
+    patience: int | None = None
+    development_prompts: str = "builtin:dev"
+    development_limit: int | None = 128
+    development_tokens: int = 512
     on_spike: Literal["stop", "skip"] = "stop"
     logging_steps: int = 10
     report_to: tuple[str, ...] = ("tensorboard",)
@@ -85,6 +93,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}; it must be above 0.")
+        if self.patience is not None and self.select_by == "last":
+            raise UserError("patience needs something to wait for; set select_by, or leave patience out.")
         if not 0 <= self.on_policy_fraction <= 1:
             raise UserError(f"on_policy_fraction is {self.on_policy_fraction}; it must lie between 0 and 1.")
 
@@ -106,6 +116,7 @@ _CHOICES = {
     "tokens": ("all", "response"),
     "precision": ("bf16_mixed", "bf16", "fp32"),
     "teacher_mode": ("live", "cached"),
+    "select_by": ("held_out_kl", "development", "last"),
     "on_spike": ("stop", "skip"),
     "device": ("auto", "cpu", "cuda"),
 }
@@ -120,6 +131,9 @@ _POSITIVE = (
     "eval_steps",
     "save_steps",
     "logging_steps",
+    "patience",
+    "development_limit",
+    "development_tokens",
     "held_out_tokens",
     "refresh_steps",
     "rollout_tokens",

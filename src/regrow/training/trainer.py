@@ -20,6 +20,7 @@ from regrow.losses import LOSSES
 from regrow.progress import Progress, say
 from regrow.training.best import BestWeights
 from regrow.training.checkpoints import publish_checkpoint, staging_folder
+from regrow.training.development import DevelopmentSet
 from regrow.training.held_out import HeldOut, figures
 from regrow.training.record import RunRecord, what_is_wrong
 from regrow.training.rollouts import Rollouts
@@ -41,7 +42,7 @@ class DistillTrainer(Trainer):
     - `get_batch_samples`: counts the tokens of a step over all micro-batches and processes, so that the loss
       of an accumulated step is the mean over the union of its tokens; lets the student write where asked.
     - `compute_loss`: teacher's states, student's states, divergence.
-    - `evaluate`: held-out KL and agreement; keeps the best weights.
+    - `evaluate`: held-out KL and agreement, the development set; keeps the best weights, ends the wait.
     - `log`: the loss averaged over steps, across resumes.
     - `_clip_grad_norm`: remembers the norm, so that a step with a broken gradient is not taken.
     - `_save_checkpoint`, `_save`, `_load_from_checkpoint`: trained weights only; whole or absent.
@@ -53,6 +54,7 @@ class DistillTrainer(Trainer):
         teacher: gives hidden states.
         batches: the run's micro-batches for this process.
         held_out: what is measured between steps.
+        development: prompts that the student answers there as well, or None.
         settings: the run's settings.
         record: what has been done so far; changed in place.
         best: keeps the best weights.
@@ -68,6 +70,7 @@ class DistillTrainer(Trainer):
         teacher: Teacher,
         batches: RunBatches,
         held_out: HeldOut,
+        development: DevelopmentSet | None,
         settings: TrainingSettings,
         record: RunRecord,
         best: BestWeights,
@@ -93,6 +96,7 @@ class DistillTrainer(Trainer):
         self.progress = progress
         self._teacher, self._batches, self._held_out = teacher, batches, held_out
         self._settings, self._best, self._rollouts = settings, best, rollouts
+        self._development = development
         self._divergence = LOSSES[settings.loss]
         self._grad_norm: float | None = None
         self._skips_in_a_row = 0
@@ -165,6 +169,12 @@ class DistillTrainer(Trainer):
         return self._held_out.num_tokens
 
     @property
+    def has_waited_enough(self) -> bool:
+        """Whether the evaluations since the best one use up the patience."""
+        patience = self._settings.patience
+        return patience is not None and self.record.since_best >= patience
+
+    @property
     def num_trainable(self) -> int:
         """Parameters that are trained."""
         return sum(p.numel() for p in self.student_model().parameters() if p.requires_grad)
@@ -181,13 +191,24 @@ class DistillTrainer(Trainer):
         sums = self._held_out.sums(model, self.student_model().head, self.args.device)
         model.train(was_training)
         found = figures(self.accelerator.reduce(sums, "sum"))
+        if self._development is not None:
+            counts = self._development.counts(self.student_model()).to(self.args.device)
+            followed, total = self.accelerator.reduce(counts, "sum").tolist()
+            found["development"] = followed / total
         step = self.state.global_step
-        if self.record.add_evaluation(step, found) and self._settings.select_best and step:
+        if self.record.add_evaluation(step, found) and self._settings.select_by != "last" and step:
             self._best.save(step, self.trained_state())
+        if self.has_waited_enough:
+            self.control.should_training_stop = True
         metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(dict(metrics))
         if self.is_world_process_zero():
-            say(f"step {step}: held-out KL {found['kl']:.4f}, top-1 agreement {found['top1_agreement']:.4f}")
+            text = (
+                f"step {step}: held-out KL {found['kl']:.4f}, top-1 agreement {found['top1_agreement']:.4f}"
+            )
+            if "development" in found:
+                text += f", development set {found['development']:.4f}"
+            say(text)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 

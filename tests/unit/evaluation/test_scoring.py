@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from regrow.data.prompts import hash_prompts, read_prompts
 from regrow.errors import UserError
 from regrow.evaluation.ifeval import score_responses
-from regrow.evaluation.prompts import hash_prompts, read_prompts
 from regrow.evaluation.scoring import METRICS, answer_of, repeated_share, summarise
 from shared_data import shared
 
@@ -215,7 +215,7 @@ def _record(key: int, strict: list[bool], **more: Any) -> dict[str, Any]:
 
 
 def test_the_development_set_is_read_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("regrow.evaluation.prompts.require_checkers", lambda kinds: None)
+    monkeypatch.setattr("regrow.data.prompts.require_checkers", lambda kinds: None)
     assert len(read_prompts("builtin:dev")) >= 500
     with pytest.raises(UserError, match="name a jsonl file, a Hub dataset, or builtin:dev"):
         read_prompts("builtin:test")

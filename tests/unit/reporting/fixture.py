@@ -199,7 +199,7 @@ _FULL: dict[str, Any] = {
             "gradient_accumulation_steps": 1,
             "precision": "bf16_mixed",
             "optimizer": "adamw_torch",
-            "select_best": True,
+            "select_by": "held_out_kl",
             "train": "all_but_embeddings",
         },
         "recover": {

@@ -7,8 +7,8 @@ import pytest
 
 from regrow.data.constraints import PUNKT_KINDS, check_response
 from regrow.data.corpora import read_corpus
+from regrow.data.health import corpus_health
 from regrow.synthesis.decontaminate import decontaminate, decontaminate_ifeval, near_duplicates
-from regrow.synthesis.health import corpus_health
 from regrow.synthesis.prompts import generate_prompts, normalise
 from regrow.synthesis.selection import user_turns
 from shared_data import shared

@@ -70,7 +70,7 @@ def test_one_step_of_sgd_is_the_naive_gradient_over_the_union_of_accumulated_bat
             "learning_rate": rate,
             "warmup_fraction": 0.0,
             "max_grad_norm": 1e9,
-            "select_best": False,
+            "select_by": "last",
             "tokens": tokens,
             "loss": loss,
             "temperature": temperature,

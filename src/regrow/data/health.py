@@ -5,6 +5,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from regrow.data.corpora import Corpus
+
 Row = dict[str, Any]
 
 _REFUSAL = re.compile(
@@ -76,6 +78,19 @@ def corpus_health(rows: Iterable[Row]) -> dict[str, Any]:
             f"{statistics['refusal_share']:.0%} of the answers look like refusals; look at the prompts."
         )
     return {**statistics, "problems": problems}
+
+
+def corpus_problems(corpus: Corpus) -> list[str]:
+    """What `corpus_health` finds wrong with a corpus that records how its answers came about.
+
+    A corpus whose rows carry no `meta` is not judged.
+    """
+    rows = [
+        {"messages": example.messages, "meta": example.provenance["meta"]}
+        for example in corpus.examples
+        if isinstance(example.provenance.get("meta"), dict)
+    ]
+    return [f"{corpus.source}: {problem}" for problem in corpus_health(rows)["problems"]] if rows else []
 
 
 def _answers(row: Row) -> list[dict[str, str]]:

@@ -1,6 +1,11 @@
+import json
+
 import pytest
 
-from regrow.synthesis.health import corpus_health, corpus_statistics, is_refusal
+from regrow.data.blend import encode_corpora
+from regrow.data.health import corpus_health, corpus_statistics, is_refusal
+from regrow.modeling.load import load_tokenizer
+from tiny_models import save_tiny_model
 
 
 def row(answer="An answer.", finished=True, strict=None, question="Q?"):
@@ -71,3 +76,18 @@ def test_nothing_known_nothing_judged():
 )
 def test_refusals(text, expected):
     assert is_refusal(text) is expected
+
+
+def test_a_corpus_that_should_not_be_learnt_from_is_reported_when_it_is_read(tmp_path, capsys):
+    tokenizer = load_tokenizer(save_tiny_model("llama_tied", tmp_path / "model"))
+    rows = [row(finished=False)] * 6 + [row()] * 4
+    (tmp_path / "bad.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plain = [{"messages": item["messages"]} for item in rows]
+    (tmp_path / "plain.jsonl").write_text("\n".join(map(json.dumps, plain)))
+    bad, silent = (
+        encode_corpora(tokenizer, [(str(tmp_path / name), "train", 1.0, None)], max_length=64)
+        for name in ("bad.jsonl", "plain.jsonl")
+    )
+    assert any("60% of the answers are cut off" in note for note in bad.notes)
+    assert "60% of the answers are cut off" in capsys.readouterr().err
+    assert not any("cut off at the token limit" in note for note in silent.notes)
