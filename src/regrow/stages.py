@@ -260,7 +260,7 @@ def train_once(
         corpora, held_out: sources as in a recipe.
         steps: optimiser steps.
         out: new folder for the model.
-        overrides: `key=value` settings of the recipe's section (or, with a dot, of the whole recipe).
+        overrides: `key=value` settings of the recipe's section, or keys of the recipe itself (`seed=1`).
     """
     recipe = one_stage_recipe(stage, str(teacher), corpora, held_out, steps, overrides)
     work = out.with_name(f".{out.name}.work")
@@ -284,7 +284,8 @@ def one_stage_recipe(
         stage: {"max_steps": steps},
     }
     for override in overrides:
-        apply_override(value, override if "." in override.partition("=")[0] else f"{stage}.{override}")
+        of_the_recipe = override.partition("=")[0].partition(".")[0] in Recipe.model_fields
+        apply_override(value, override if of_the_recipe else f"{stage}.{override}")
     return parse_recipe(value, f"regrow {stage}")
 
 

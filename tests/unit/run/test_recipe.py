@@ -8,6 +8,7 @@ import pytest
 
 from regrow.errors import UserError
 from regrow.recipe import load_recipe, parse_recipe
+from regrow.stages import one_stage_recipe
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
 MINIMAL = {
@@ -93,3 +94,14 @@ def test_help_and_recipes_do_not_import_torch():
         "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_training_verb_sets_keys_of_its_section_and_of_the_recipe():
+    recipe = one_stage_recipe(
+        "finish", "m", ["c"], "h", 5, ["learning_rate=1e-3", "seed=7", "sequence_length=64", "finish.loss=jsd"]
+    )
+    assert recipe.finish is not None
+    assert (recipe.finish.learning_rate, recipe.finish.loss, recipe.finish.max_steps) == (1e-3, "jsd", 5)
+    assert (recipe.seed, recipe.sequence_length, recipe.distill) == (7, 64, None)
+    with pytest.raises(UserError, match="no_such_key is no key of a recipe"):
+        one_stage_recipe("distill", "m", ["c"], "h", 5, ["no_such_key=1"])
