@@ -97,11 +97,10 @@ def test_help_and_recipes_do_not_import_torch():
 
 
 def test_a_training_verb_sets_keys_of_its_section_and_of_the_recipe():
-    recipe = one_stage_recipe(
-        "finish", "m", ["c"], "h", 5, ["learning_rate=1e-3", "seed=7", "sequence_length=64", "finish.loss=jsd"]
-    )
+    given = ["learning_rate=1e-3", "seed=7", "sequence_length=64", "finish.loss=jsd"]
+    recipe = one_stage_recipe("finish", "m", ["c"], "h", 5, given)
     assert recipe.finish is not None
     assert (recipe.finish.learning_rate, recipe.finish.loss, recipe.finish.max_steps) == (1e-3, "jsd", 5)
     assert (recipe.seed, recipe.sequence_length, recipe.distill) == (7, 64, None)
-    with pytest.raises(UserError, match="no_such_key is no key of a recipe"):
+    with pytest.raises(UserError, match="no_such_key: is no key of a recipe"):
         one_stage_recipe("distill", "m", ["c"], "h", 5, ["no_such_key=1"])
