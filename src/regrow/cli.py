@@ -23,6 +23,9 @@ app = typer.Typer(
 
 Model = Annotated[str, typer.Argument(help="Local folder, Hub id, or builtin:<name>.")]
 Out = Annotated[Path, typer.Option("--out", help="New folder (or file) for the result.")]
+Engine = Annotated[
+    Literal["transformers", "vllm"], typer.Option(help="Who generates; vllm must be installed.")
+]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Seed = Annotated[int, typer.Option(min=0, help="Seed of everything random.")]
@@ -318,6 +321,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1_280,
     thinking: Thinking = None,
+    engine: Engine = "transformers",
     records: Annotated[Path | None, typer.Option(help="Folder for per-item results (resumable).")] = None,
     out: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
     seed: Seed = 0,
@@ -339,6 +343,7 @@ def evaluate(
         limit=limit,
         max_new_tokens=max_new_tokens,
         enable_thinking=thinking,
+        engine=engine,
         records=records,
         seed=seed,
         device=device,
@@ -389,6 +394,7 @@ def synthesize(
     batch_size: Annotated[int, typer.Option(min=1, help="Conversations at a time.")] = 32,
     temperature: Annotated[float, typer.Option(help="0 for greedy.")] = 0.7,
     thinking: Thinking = None,
+    engine: Engine = "transformers",
     seed: Seed = 0,
     device: Device = "auto",
     trust_remote_code: Trust = False,
@@ -412,6 +418,7 @@ def synthesize(
         batch_size=batch_size,
         temperature=temperature,
         enable_thinking=thinking,
+        engine=engine,
         seed=seed,
         device=device,
         trust_remote_code=trust_remote_code,

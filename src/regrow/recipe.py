@@ -146,6 +146,7 @@ class IfevalOptions(Section):
     max_new_tokens: Positive = 1_280
     batch_size: Positive = 32
     limit: Positive | None = None
+    engine: Literal["transformers", "vllm"] = "transformers"
 
 
 class LatencyOptions(Section):

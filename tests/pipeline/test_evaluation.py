@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from regrow.errors import UserError
-from regrow.evaluation import ifeval as ifeval_module
 from regrow.evaluation.compare import compare_runs
 from regrow.evaluation.evaluate import BENCHMARKS, evaluate_models, evaluate_once
 from regrow.evaluation.ifeval import evaluate_ifeval
 from regrow.evaluation.records import read_result
+from regrow.modeling import writers
 from tiny_models import save_tiny_model
 
 PROMPTS = [
@@ -88,7 +88,7 @@ def test_finished_results_are_not_measured_again(
     world: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = _evaluate(world, tmp_path / "a", ("ifeval",))
-    monkeypatch.setattr(ifeval_module, "generate_responses", _must_not_run)
+    monkeypatch.setattr(writers, "generate_responses", _must_not_run)
     assert _evaluate(world, tmp_path / "a", ("ifeval",)) == first
     assert _evaluate(world, tmp_path / "b", ("ifeval",), reuse=(tmp_path / "a",)) == first
     assert (tmp_path / "b" / "pruned-ifeval.json").exists()
@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_with_the_answers_it_has(
     }
     whole = evaluate_ifeval(**options)
     answers = tmp_path / "answers.jsonl"
-    real = ifeval_module.generate_responses
+    real = writers.generate_responses
 
     def killed(model: Any, tokenizer: Any, conversations: Any, *, on_result: Any, **rest: Any) -> Any:
         def keep(index: int, response: Any) -> None:
@@ -119,7 +119,7 @@ def test_a_killed_run_goes_on_with_the_answers_it_has(
 
         return real(model, tokenizer, conversations, on_result=keep, **rest)
 
-    monkeypatch.setattr(ifeval_module, "generate_responses", killed)
+    monkeypatch.setattr(writers, "generate_responses", killed)
     with pytest.raises(KeyboardInterrupt):
         evaluate_ifeval(**options, answers=answers)
     with open(answers, "a") as file:
@@ -130,7 +130,7 @@ def test_a_killed_run_goes_on_with_the_answers_it_has(
         asked.append(len(conversations))
         return real(model, tokenizer, conversations, **rest)
 
-    monkeypatch.setattr(ifeval_module, "generate_responses", counting)
+    monkeypatch.setattr(writers, "generate_responses", counting)
     resumed = evaluate_ifeval(**options, answers=answers)
     assert asked == [3]
     assert resumed == whole

@@ -71,6 +71,7 @@ BENCHMARKS: dict[str, Benchmark] = {
             "temperature",
             "top_p",
             "repeats",
+            "engine",
         ),
         resumes=True,
     ),
@@ -188,6 +189,7 @@ def evaluate_once(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "bfloat16",
+    engine: str = "transformers",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """One benchmark on one model, as the verb `regrow evaluate` does it.
@@ -230,6 +232,7 @@ def evaluate_once(
         "seed": seed,
         "device": device,
         "dtype": dtype,
+        "engine": engine,
         "trust_remote_code": trust_remote_code,
     }
     given = _pick(row, {name: value for name, value in options.items() if value is not None})

@@ -13,8 +13,9 @@ from regrow.errors import UserError
 from regrow.evaluation.records import settings_hash
 from regrow.evaluation.scoring import score_prompt, summarise
 from regrow.files import disk_errors
-from regrow.modeling.generate import Response, generate_responses
-from regrow.modeling.load import load_model, load_tokenizer, pick_device
+from regrow.modeling.generate import Response
+from regrow.modeling.load import load_tokenizer, pick_device
+from regrow.modeling.writers import Writer, open_writer
 from regrow.progress import say
 from regrow.types import EvalResult
 
@@ -67,6 +68,7 @@ def ifeval_settings(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "bfloat16",
+    engine: str = "transformers",
     trust_remote_code: bool = False,
     **_: Any,
 ) -> dict[str, Any]:
@@ -92,6 +94,7 @@ def ifeval_settings(
             "checkers": _checkers(),
         },
         "dtype": dtype,
+        **({} if engine == "transformers" else {"engine": engine}),
         "device": pick_device(device).type,
         "model": CheckpointReader(model).fingerprint(),
     }
@@ -112,6 +115,7 @@ def evaluate_ifeval(
     seed: int = 0,
     device: str = "auto",
     dtype: str = "bfloat16",
+    engine: str = "transformers",
     trust_remote_code: bool = False,
     answers: Path | None = None,
 ) -> EvalResult:
@@ -127,6 +131,7 @@ def evaluate_ifeval(
         do_sample, temperature, top_p, seed: sampling instead of greedy decoding.
         repeats: answers per prompt; more than one needs `do_sample`.
         device, dtype: where and in what precision the model runs.
+        engine: who generates, `"transformers"` or `"vllm"`.
         trust_remote_code: run code that the checkpoint brings along.
         answers: jsonl file to which answers are appended as they come, so that a killed run goes on; a file
             made with other settings is begun anew.
@@ -149,10 +154,12 @@ def evaluate_ifeval(
         seed=seed,
         device=device,
         dtype=dtype,
+        engine=engine,
         trust_remote_code=trust_remote_code,
     )
     rows = read_prompts(prompts, limit=limit)
     known = _begin_answers(answers, settings_hash(settings))
+    writer: Writer | None = None
     # Each pair is generated with a seed of its own, so that resuming in another order changes nothing.
     for repeat in range(repeats):
         todo = [prompt for prompt in rows if (prompt.key, repeat) not in known]
@@ -160,10 +167,13 @@ def evaluate_ifeval(
             continue
         if len(todo) < len(rows):
             say(f"ifeval: {len(rows) - len(todo)} of {len(rows)} answers are there already.")
+        if writer is None:
+            writer = open_writer(
+                model, engine=engine, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+            )
         known |= _generate(
             todo,
-            load_model(model, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code),
-            load_tokenizer(model, trust_remote_code),
+            writer,
             repeat=repeat,
             answers=answers,
             max_new_tokens=max_new_tokens,
@@ -185,8 +195,7 @@ def evaluate_ifeval(
 
 def _generate(
     todo: Sequence[Prompt],
-    model: Any,
-    tokenizer: Any,
+    writer: Writer,
     *,
     repeat: int,
     answers: Path | None,
@@ -209,7 +218,7 @@ def _generate(
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     conversations = [[{"role": "user", "content": prompt.text}] for prompt in todo]
-    generate_responses(model, tokenizer, conversations, on_result=keep, progress="ifeval", **generation)
+    writer(conversations, on_result=keep, progress="ifeval", **generation)
     return made
 
 

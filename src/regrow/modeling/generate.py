@@ -90,7 +90,7 @@ def generate_responses(
         RunError: the device's memory is too small for the batch.
     """
     prompts = [encode_prompt(tokenizer, item, enable_thinking) for item in conversations]
-    _check_lengths(model, prompts, max_new_tokens)
+    check_lengths(model, prompts, max_new_tokens)
     end_ids = set(end_token_ids(tokenizer, model))
     responses: list[Response | None] = [None] * len(prompts)
 
@@ -238,7 +238,12 @@ def _next_group(waiting: list[int], prompts: list[list[int]], room: int) -> list
     return group
 
 
-def _check_lengths(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
+def check_lengths(model: Any, prompts: list[list[int]], max_new_tokens: int) -> None:
+    """Refuse prompts that do not fit the model's context together with their answer.
+
+    Raises:
+        UserError: naming the prompt.
+    """
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for index, prompt in enumerate(prompts):
         if limit is not None and len(prompt) + max_new_tokens > limit:

@@ -51,6 +51,7 @@ def synthesize(
     enable_thinking: bool | None = None,
     device: str = "auto",
     dtype: str = "bfloat16",
+    engine: str = "transformers",
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Have a model write conversations; `out` gets `train.jsonl`, `held_out.jsonl` and `report.json`.
@@ -77,7 +78,7 @@ def synthesize(
         cut_off, violations: what happens to answers that hit the limit or miss a constraint (see
             `select_rows`).
         enable_thinking: passed to the chat template: the mode in which the model will be used.
-        device, dtype, trust_remote_code: see `load_model`.
+        device, dtype, engine, trust_remote_code: see `open_writer`.
 
     Returns:
         the report: settings, counts of everything left out, statistics of both splits.
@@ -121,6 +122,7 @@ def synthesize(
         "violations": violations,
         "enable_thinking": enable_thinking,
         "dtype": dtype,
+        "engine": engine,
     }
     out = Path(out)
     if (out / "report.json").is_file():
@@ -138,6 +140,7 @@ def synthesize(
         enable_thinking=enable_thinking,
         device=device,
         dtype=dtype,
+        engine=engine,
         trust_remote_code=trust_remote_code,
     )
     written, written_counts = _self_written(teacher, work, num_self_prompts, benchmarks, seed)

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
-from regrow.modeling.generate import generate_responses
-from regrow.modeling.load import load_model, load_tokenizer, pick_device
+from regrow.modeling.load import load_tokenizer
+from regrow.modeling.writers import Writer, open_writer, require_engine
 from regrow.synthesis.answers import Answered, Decoding, Message
 from regrow.synthesis.sources import user_header
 
@@ -25,26 +24,28 @@ class Teacher:
         enable_thinking: bool | None,
         device: str,
         dtype: str,
+        engine: str,
         trust_remote_code: bool,
     ) -> None:
+        require_engine(engine)
         self._folder, self._trust = folder, trust_remote_code
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
         self._enable_thinking, self._dtype = enable_thinking, dtype
-        self._device = pick_device(device)
+        self._device, self._engine = device, engine
 
     @cached_property
-    def _model(self) -> Any:
-        return load_model(self._folder, dtype=self._dtype, device=self._device, trust_remote_code=self._trust)
-
-    @cached_property
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self._folder, self._trust)
+    def _writer(self) -> Writer:
+        return open_writer(
+            self._folder,
+            engine=self._engine,
+            dtype=self._dtype,
+            device=self._device,
+            trust_remote_code=self._trust,
+        )
 
     def answer(self, conversations: Sequence[Sequence[Message]], decoding: Decoding) -> Sequence[Answered]:
         """Answer conversations that end in a user turn."""
-        return generate_responses(
-            self._model,
-            self._tokenizer,
+        return self._writer(
             conversations,
             max_new_tokens=self._max_new_tokens,
             batch_size=self._batch_size,
@@ -58,10 +59,9 @@ class Teacher:
 
     def write_user_turns(self, count: int, *, seed: int) -> Sequence[Answered]:
         """Let the model write what a user might say, at temperature 1 (variety is the point)."""
-        return generate_responses(
-            self._model,
-            self._tokenizer,
-            [user_header(self._tokenizer)] * count,
+        header = user_header(load_tokenizer(self._folder, self._trust))
+        return self._writer(
+            [header] * count,
             max_new_tokens=_USER_TURN_TOKENS,
             batch_size=self._batch_size,
             do_sample=True,

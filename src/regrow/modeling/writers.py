@@ -1,0 +1,170 @@
+"""Who writes a model's answers: this project's own generation, or vLLM where it is installed.
+
+Both take the same token ids (the chat template is applied here), the same end tokens and sampling settings,
+and give the same `Response`. vLLM's kernels round differently, so its texts may differ from transformers'.
+"""
+
+import importlib
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from transformers import AutoConfig, GenerationConfig
+
+from regrow.errors import UserError
+from regrow.modeling.generate import (
+    Conversation,
+    Response,
+    check_lengths,
+    encode_prompt,
+    end_token_ids,
+    generate_responses,
+)
+from regrow.modeling.load import load_model, load_tokenizer, pick_device
+from regrow.progress import say
+
+ENGINES = ("transformers", "vllm")
+_LONGEST_PROMPT = 4_096  # vLLM reserves memory for it before it has seen a prompt
+
+
+class Writer(Protocol):
+    """Answers conversations; arguments and errors are those of `generate_responses`."""
+
+    def __call__(  # noqa: D102
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        enable_thinking: bool | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_result: Callable[[int, Response], None] | None = None,
+        progress: str | None = "generate",
+    ) -> list[Response]: ...
+
+
+def open_writer(
+    folder: Path, *, engine: str, dtype: str, device: str, trust_remote_code: bool = False
+) -> Writer:
+    """A model, ready to answer.
+
+    Args:
+        folder: local model folder.
+        engine: a name of `ENGINES`. vLLM takes its own device and batch size.
+        dtype, device, trust_remote_code: as in `load_model`.
+
+    Raises:
+        UserError: an unknown engine, or vLLM is not installed or refuses the model.
+    """
+    require_engine(engine)
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    if engine == "vllm":
+        return _Vllm(folder, tokenizer, dtype, trust_remote_code)
+    model = load_model(folder, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
+    return partial(generate_responses, model, tokenizer)
+
+
+def require_engine(engine: str) -> None:
+    """Check before long work that an engine can be used.
+
+    Raises:
+        UserError: an unknown engine, or vLLM is not installed.
+    """
+    if engine not in ENGINES:
+        raise UserError(f"The engine {engine!r} is unknown; use one of {', '.join(ENGINES)}.")
+    if engine == "vllm":
+        _import_vllm()
+
+
+def _import_vllm() -> Any:
+    try:
+        return importlib.import_module("vllm")
+    except ImportError as error:
+        raise UserError(
+            f"The engine vllm cannot be loaded ({error}); pip install vllm, or use the engine transformers."
+        ) from None
+
+
+class _Vllm:
+    """vLLM's offline engine, started with the first prompts."""
+
+    def __init__(self, folder: Path, tokenizer: Any, dtype: str, trust_remote_code: bool) -> None:
+        self._folder, self._tokenizer = folder, tokenizer
+        self._dtype, self._trust = dtype, trust_remote_code
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        generation = None
+        if (folder / "generation_config.json").exists():
+            generation = GenerationConfig.from_pretrained(folder)
+        self._model = SimpleNamespace(config=config, generation_config=generation)
+        self._end_ids = end_token_ids(tokenizer, self._model)
+        self._llm: Any = None
+
+    def __call__(
+        self,
+        conversations: Sequence[Conversation],
+        *,
+        max_new_tokens: int,
+        batch_size: int,
+        enable_thinking: bool | None = None,
+        do_sample: bool = False,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        seed: int = 0,
+        on_result: Callable[[int, Response], None] | None = None,
+        progress: str | None = "generate",
+    ) -> list[Response]:
+        vllm = _import_vllm()
+        prompts = [encode_prompt(self._tokenizer, item, enable_thinking) for item in conversations]
+        check_lengths(self._model, prompts, max_new_tokens)
+        if not prompts:
+            return []
+        if self._llm is None:
+            self._llm = self._start(vllm, max(map(len, prompts)), max_new_tokens)
+        # A seed per prompt: who shares its batch must not decide what is drawn.
+        sampling = [
+            vllm.SamplingParams(
+                temperature=temperature if do_sample else 0.0,
+                top_p=top_p if do_sample else 1.0,
+                max_tokens=max_new_tokens,
+                stop_token_ids=self._end_ids,
+                seed=seed * 1_000_003 + index if do_sample else None,
+                detokenize=False,
+            )
+            for index in range(len(prompts))
+        ]
+        outputs = self._llm.generate(
+            [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=progress is not None
+        )
+        responses = [self._response(output.outputs[0]) for output in outputs]
+        for index, response in enumerate(responses):
+            if on_result is not None:
+                on_result(index, response)
+        return responses
+
+    def _start(self, vllm: Any, longest: int, max_new_tokens: int) -> Any:
+        context = max(longest, _LONGEST_PROMPT) + max_new_tokens
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or context
+        try:
+            return vllm.LLM(
+                model=str(self._folder),
+                dtype=self._dtype,
+                trust_remote_code=self._trust,
+                max_model_len=min(context, limit),
+                generation_config="vllm",  # no penalty, no top-k from the checkpoint
+            )
+        except (ValueError, RuntimeError) as error:
+            say(str(error))
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:200]
+            raise UserError(f"vLLM refuses {self._folder} ({reason}); use the engine transformers.") from None
+
+    def _response(self, output: Any) -> Response:
+        tokens = [int(token) for token in output.token_ids]
+        finished = output.finish_reason == "stop"
+        kept = tokens[:-1] if tokens and tokens[-1] in self._end_ids else tokens
+        text = self._tokenizer.decode(kept, skip_special_tokens=True)
+        return Response(text, kept, len(kept) + finished, finished)

@@ -1,0 +1,118 @@
+"""The engine that writes answers is a choice; vLLM is played by transformers' own generation."""
+
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from regrow.errors import UserError
+from regrow.evaluation.ifeval import ifeval_settings
+from regrow.modeling.generate import encode_prompt, generate_responses
+from regrow.modeling.load import load_model, load_tokenizer
+from regrow.modeling.writers import open_writer
+from tiny_models import END_OF_TEXT, IM_END, save_tiny_model
+
+CONVERSATIONS = [[{"role": "user", "content": text}] for text in ("hello", "count to three", "a b c")]
+OPTIONS = {"max_new_tokens": 24, "batch_size": 2, "progress": None}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model("llama_tied", tmp_path_factory.mktemp("model") / "m")
+
+
+@pytest.fixture
+def vllm(monkeypatch, folder):
+    """A module with the parts of vLLM's interface that are used, greedy, one prompt at a time."""
+    module = ModuleType("vllm")
+    module.started, module.asked = [], []
+
+    class SamplingParams(SimpleNamespace):
+        pass
+
+    class LLM:
+        def __init__(self, **options):
+            module.started.append(options)
+            self.model = load_model(folder, dtype="float32")
+
+        def generate(self, prompts, sampling, use_tqdm):
+            module.asked.append((prompts, sampling))
+            return [
+                SimpleNamespace(outputs=[self.one(prompt["prompt_token_ids"], params)])
+                for prompt, params in zip(prompts, sampling, strict=True)
+            ]
+
+        def one(self, prompt, params):
+            tokens = []
+            while len(tokens) < params.max_tokens:
+                with torch.no_grad():
+                    logits = self.model(torch.tensor([prompt + tokens])).logits[0, -1]
+                tokens.append(int(logits.argmax()))
+                if tokens[-1] in params.stop_token_ids:
+                    return SimpleNamespace(token_ids=tuple(tokens), finish_reason="stop")
+            return SimpleNamespace(token_ids=tuple(tokens), finish_reason="length")
+
+    module.LLM, module.SamplingParams = LLM, SamplingParams
+    monkeypatch.setitem(sys.modules, "vllm", module)
+    return module
+
+
+def test_both_engines_give_the_same_responses(folder, vllm):
+    tokenizer = load_tokenizer(folder)
+    expected = generate_responses(
+        load_model(folder, dtype="float32"), tokenizer, CONVERSATIONS, enable_thinking=False, **OPTIONS
+    )
+    for engine in ("transformers", "vllm"):
+        seen = {}
+        writer = open_writer(folder, engine=engine, dtype="float32", device="cpu")
+        found = writer(CONVERSATIONS, enable_thinking=False, on_result=seen.__setitem__, **OPTIONS)
+        assert found == expected
+        assert [seen[index] for index in range(3)] == expected
+    [(prompts, sampling)] = vllm.asked
+    assert [p["prompt_token_ids"] for p in prompts] == [
+        encode_prompt(tokenizer, item, False) for item in CONVERSATIONS
+    ]
+    assert {(params.temperature, params.top_p, params.seed) for params in sampling} == {(0.0, 1.0, None)}
+    assert {END_OF_TEXT, IM_END} <= set(sampling[0].stop_token_ids)
+    [started] = vllm.started
+    assert started["generation_config"] == "vllm"
+    assert started["max_model_len"] == min(
+        4_096 + 24, load_model(folder).config.get_text_config().max_position_embeddings
+    )
+
+
+def test_the_end_token_is_counted_and_left_out(folder, vllm):
+    writer = open_writer(folder, engine="vllm", dtype="float32", device="cpu")
+    output = SimpleNamespace(token_ids=(72, 105, IM_END), finish_reason="stop")
+    response = writer._response(output)
+    assert (response.token_ids, response.num_tokens, response.finished) == ([72, 105], 3, True)
+    output = SimpleNamespace(token_ids=(72, 105), finish_reason="length")
+    assert writer._response(output).num_tokens == 2
+    assert not writer._response(output).finished
+
+
+def test_sampling_has_a_seed_per_prompt(folder, vllm):
+    writer = open_writer(folder, engine="vllm", dtype="float32", device="cpu")
+    writer(CONVERSATIONS, do_sample=True, temperature=0.7, top_p=0.9, seed=2, **OPTIONS)
+    writer(CONVERSATIONS, do_sample=True, temperature=0.7, top_p=0.9, seed=3, **OPTIONS)
+    seeds = [params.seed for _, sampling in vllm.asked for params in sampling]
+    assert len(set(seeds)) == 6
+    assert len(vllm.started) == 1
+    assert {params.temperature for params in vllm.asked[0][1]} == {0.7}
+
+
+def test_what_cannot_write_is_refused_in_one_sentence(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    with pytest.raises(UserError, match="pip install vllm"):
+        open_writer(folder, engine="vllm", dtype="float32", device="cpu")
+    with pytest.raises(UserError, match="'pen' is unknown"):
+        open_writer(folder, engine="pen", dtype="float32", device="cpu")
+
+
+def test_the_engine_is_part_of_what_a_result_was_made_with(folder):
+    own, other = (
+        ifeval_settings(model=folder, prompts="builtin:dev", engine=e) for e in ("transformers", "vllm")
+    )
+    assert own != other
+    assert own["comparable"] == other["comparable"]
