@@ -379,6 +379,8 @@ def synthesize(
         int | None, typer.Option(min=0, help="Held-out prompts; default 16 % more.")
     ] = None,
     constraint_share: Annotated[float, typer.Option(help="Share with checkable constraints.")] = 0.25,
+    system_share: Annotated[float, typer.Option(help="Share with a system prompt.")] = 0.25,
+    multi_turn_share: Annotated[float, typer.Option(help="Share with several turns.")] = 0.15,
     prompts: Annotated[str | None, typer.Option(help="Your own prompts: txt, jsonl or Hub id.")] = None,
     num_self_prompts: Annotated[
         int, typer.Option(min=0, help="User turns that the model writes itself.")
@@ -409,6 +411,8 @@ def synthesize(
         num_prompts=num_prompts,
         constraint_share=constraint_share,
         num_held_out=num_held_out,
+        system_share=system_share,
+        multi_turn_share=multi_turn_share,
         prompts_file=prompts,
         num_self_prompts=num_self_prompts,
         decontaminate_against=keep_out or [],

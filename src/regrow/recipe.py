@@ -71,6 +71,7 @@ class Training(Section):
     loss: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl"] = "forward_kl"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     temperature: Annotated[float, Field(gt=0)] = 1.0
+    label_weight: Annotated[float, Field(ge=0)] = 0.0
     tokens: Literal["all", "response"] = "all"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     weight_decay: Annotated[float, Field(ge=0)] = 0.0

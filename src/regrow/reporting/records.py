@@ -30,6 +30,7 @@ _SETTINGS = {
     "loss": "Loss",
     "beta": "Mixture weight (beta)",
     "temperature": "Temperature",
+    "label_weight": "Weight of the text's own tokens",
     "tokens": "Tokens that count",
     "train": "Weights trained",
     "learning_rate": "Learning rate (peak)",

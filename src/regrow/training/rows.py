@@ -42,6 +42,11 @@ class Batch:
         """Real tokens."""
         return int(self.attention_mask.sum())
 
+    @property
+    def labels(self) -> Tensor:
+        """The token that follows each counted position [T]."""
+        return self.input_ids[:, 1:][self.positions[:, :-1]]
+
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
         return Batch(

@@ -16,6 +16,7 @@ class TrainingSettings:
         max_steps: optimiser steps.
         loss, beta, temperature: the divergence (a key of `regrow.losses.LOSSES`), the teacher's weight in the
             mixtures, the divisor of the logits.
+        label_weight: weight of the cross-entropy on the text itself, added to the divergence.
         tokens: `"all"` counts every predicted token, `"response"` those that the assistant writes.
         learning_rate, weight_decay, warmup_fraction, max_grad_norm, optimizer: AdamW by default; linear
             warm-up, then a cosine to zero. `optimizer` is a name that `transformers.TrainingArguments` knows.
@@ -50,6 +51,7 @@ class TrainingSettings:
     loss: str = "forward_kl"
     beta: float = 0.5
     temperature: float = 1.0
+    label_weight: float = 0.0
     tokens: Literal["all", "response"] = "all"
     learning_rate: float = 5e-5
     weight_decay: float = 0.0
@@ -95,6 +97,8 @@ class TrainingSettings:
                 raise UserError(f"{name} is {value}; it must be above 0.")
         if self.patience is not None and self.select_by == "last":
             raise UserError("patience needs something to wait for; set select_by, or leave patience out.")
+        if not self.label_weight >= 0:
+            raise UserError(f"label_weight is {self.label_weight}; it must not be below 0.")
         if not 0 <= self.on_policy_fraction <= 1:
             raise UserError(f"on_policy_fraction is {self.on_policy_fraction}; it must lie between 0 and 1.")
 

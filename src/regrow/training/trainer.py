@@ -156,6 +156,8 @@ class DistillTrainer(Trainer):
             **head_arguments(head, self._teacher.head),
             beta=settings.beta,
             temperature=settings.temperature,
+            labels_T=batch.labels if settings.label_weight else None,
+            label_weight=settings.label_weight,
             normalizer=num_items_in_batch,
             chunk_tokens=settings.loss_chunk_tokens,
         )

@@ -23,7 +23,7 @@ def case(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("case"))
 
 
-def naive_gradients(case, plan, tokens, loss, temperature):
+def naive_gradients(case, plan, tokens, loss, temperature, label_weight):
     """fp64 gradients of the mean divergence over all counted tokens of the planned rows, from full logits."""
     tokenizer = load_tokenizer(case["student"])
     rows = encode_corpora(tokenizer, case["corpora"], max_length=QUICK["sequence_length"], seed=0).rows
@@ -37,11 +37,13 @@ def naive_gradients(case, plan, tokens, loss, temperature):
         ids = torch.tensor([row.input_ids])
         with torch.no_grad():
             q = (teacher(ids).logits[0] / temperature).log_softmax(-1)
-        p = (student(ids).logits[0] / temperature).log_softmax(-1)
+        logits = student(ids).logits[0]
+        p = (logits / temperature).log_softmax(-1)
         for t in range(len(row.input_ids) - 1):
             if tokens == "all" or row.response_mask[t + 1]:
                 left, right = (q[t], p[t]) if loss == "forward_kl" else (p[t], q[t])
                 total = total + (left.exp() * (left - right)).sum()
+                total = total - label_weight * logits[t].log_softmax(-1)[row.input_ids[t + 1]]
                 count += 1
     (total / count).backward()
     return float((total / count).detach()), {
@@ -50,11 +52,15 @@ def naive_gradients(case, plan, tokens, loss, temperature):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "loss", "temperature"),
-    [("all", "forward_kl", 1.0), ("response", "forward_kl", 2.0), ("response", "reverse_kl", 1.0)],
+    ("tokens", "loss", "temperature", "label_weight"),
+    [
+        ("all", "forward_kl", 1.0, 0.0),
+        ("response", "forward_kl", 2.0, 0.3),
+        ("response", "reverse_kl", 1.0, 0.0),
+    ],
 )
 def test_one_step_of_sgd_is_the_naive_gradient_over_the_union_of_accumulated_batches(
-    case, tmp_path, tokens, loss, temperature
+    case, tmp_path, tokens, loss, temperature, label_weight
 ):
     rate = 0.5
     report = distill(
@@ -74,6 +80,7 @@ def test_one_step_of_sgd_is_the_naive_gradient_over_the_union_of_accumulated_bat
             "tokens": tokens,
             "loss": loss,
             "temperature": temperature,
+            "label_weight": label_weight,
         },
     )
     tokenizer = load_tokenizer(case["student"])
@@ -81,7 +88,7 @@ def test_one_step_of_sgd_is_the_naive_gradient_over_the_union_of_accumulated_bat
     plan = plan_run(rows, batch_tokens=QUICK["batch_tokens"], seed=0, num_batches=3)
     # The batches must differ in their numbers of counted tokens, or a mean of means would pass.
     assert len({sum(sum(rows[n].response_mask[1:]) for n in batch) for batch in plan}) > 1
-    value, gradients = naive_gradients(case, plan, tokens, loss, temperature)
+    value, gradients = naive_gradients(case, plan, tokens, loss, temperature, label_weight)
     assert report["losses"][0]["loss"] == pytest.approx(value, rel=1e-4)
     before, after = tensors_of(case["student"]), tensors_of(tmp_path / "out")
     assert set(before) == set(after)
