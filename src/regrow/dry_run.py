@@ -7,6 +7,7 @@ from regrow.data.corpora import is_local, read_corpus
 from regrow.modeling.sources import resolve_headers
 from regrow.recipe import Corpus, Recipe
 from regrow.runner import check_names, check_width, enabled_stages, plan_run
+from regrow.stages import MODEL_STAGES
 
 
 def describe_run(
@@ -35,7 +36,7 @@ def describe_run(
         yield f"{label}: {_describe_corpus(corpus)}"
     for step in plan_run(recipe, run_dir, start=start, until=until):
         yield f"{step.stage.name}: {step.action}"
-    models = 1 + sum(stage.name in ("distill", "recover") for stage in enabled_stages(recipe))
+    models = sum(stage.name in MODEL_STAGES for stage in enabled_stages(recipe))
     gigabytes = models * pruned["weight_bytes"] / 1e9
     yield f"disk: about {gigabytes:.1f} GB for {models} model(s) under {run_dir}, and training checkpoints"
 
