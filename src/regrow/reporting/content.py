@@ -5,7 +5,15 @@ to stand on returns nothing.
 """
 
 from regrow.reporting.estimate import interval_of
-from regrow.reporting.facts import IFEVAL_FIGURES, Facts, estimate, number, section
+from regrow.reporting.facts import (
+    DISTILLING_STAGES,
+    IFEVAL_FIGURES,
+    LORA_STAGES,
+    Facts,
+    estimate,
+    number,
+    section,
+)
 from regrow.reporting.records import widths
 from regrow.reporting.rows import ifeval_name
 from regrow.reporting.text import (
@@ -41,6 +49,8 @@ def summary(facts: Facts) -> str:
 _MADE_BY = {
     "distill": "distilled from the unpruned parent over the full vocabulary",
     "recover": "recovered with LoRA on the same distillation loss and merged",
+    "sft": "fine-tuned with LoRA on the corpus' answers and merged",
+    "dpo": "tuned with LoRA (DPO) toward answers that follow checkable instructions and merged",
 }
 
 
@@ -138,10 +148,12 @@ def glossary(facts: Facts) -> list[tuple[str, str]]:
                 "for the removed ones on the calibration text",
             )
         )
-    if facts.training:
+    if any(stage in facts.reports for stage in DISTILLING_STAGES):
         terms.append(("Distillation", "training the pruned model on the teacher's next-token distributions"))
-    if "recover" in facts.reports:
+    if any(stage in facts.reports for stage in LORA_STAGES):
         terms.append(("LoRA", "trained low-rank updates of the weights, added to them after training"))
+    if "dpo" in facts.reports:
+        terms.append(("DPO", "training that prefers the better of two answers to a prompt"))
     if any(model.ifeval for model in facts.models):
         terms.append(("IFEval", "benchmark of instructions that a program can check"))
     return terms

@@ -13,9 +13,17 @@ from regrow.files import read_json
 from regrow.reporting.estimate import Estimate, interval_of, share
 from regrow.reporting.text import is_hub_id, is_number, public_name, without_paths
 
-STUDENTS = ("pruned", "distilled", "recovered")
-TRAINING_STAGES = ("distill", "recover")
-STAGE_OF = {"pruned": "prune", "distilled": "distill", "recovered": "recover"}
+STUDENTS = ("pruned", "distilled", "recovered", "finetuned", "aligned")
+TRAINING_STAGES = ("distill", "recover", "sft", "dpo")
+DISTILLING_STAGES = ("distill", "recover")  # toward the parent's distributions
+LORA_STAGES = ("recover", "sft", "dpo")
+STAGE_OF = {
+    "pruned": "prune",
+    "distilled": "distill",
+    "recovered": "recover",
+    "finetuned": "sft",
+    "aligned": "dpo",
+}
 IFEVAL_FIGURES = (
     ("prompt_level_strict", "prompt level, strict"),
     ("inst_level_strict", "instruction level, strict"),

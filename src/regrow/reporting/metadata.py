@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from regrow.reporting.estimate import Estimate
-from regrow.reporting.facts import IFEVAL_FIGURES, Facts, estimate, section
+from regrow.reporting.facts import DISTILLING_STAGES, IFEVAL_FIGURES, LORA_STAGES, Facts, estimate, section
 from regrow.reporting.rows import ifeval_name, ifeval_source
 from regrow.reporting.text import is_hub_id, one_line, public_name
 
@@ -109,10 +109,11 @@ def _result(
 
 def _tags(facts: Facts) -> list[str]:
     tags = ["regrow", "pruned", "mlp-width-pruning"]
-    if any(facts.moved(stage) for stage in facts.training):
+    if any(facts.moved(stage) for stage in DISTILLING_STAGES):
         tags.append("knowledge-distillation")
-    if facts.moved("recover"):
+    if any(facts.moved(stage) for stage in LORA_STAGES):
         tags.append("lora")
+    tags += [stage for stage in ("sft", "dpo") if facts.moved(stage)]
     return tags
 
 

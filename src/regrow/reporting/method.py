@@ -1,6 +1,6 @@
 """How the model was made, in sentences: what each stage did, on what, and what it left alone."""
 
-from regrow.reporting.facts import Facts, number, section
+from regrow.reporting.facts import LORA_STAGES, Facts, number, section
 from regrow.reporting.records import final_point, held_out_points, widths
 from regrow.reporting.text import change, count, duration, figure, one_line, percent
 
@@ -14,8 +14,15 @@ _LOSSES = {
     "reverse_kl": "KL(student || teacher)",
     "jsd": "generalised Jensen-Shannon divergence",
     "skewed_kl": "skewed KL",
+    "cross_entropy": "cross-entropy on the corpus' answers",
+    "dpo": "DPO on pairs of answers",
 }
-_STAGES = {"distill": "Distillation", "recover": "LoRA recovery"}
+_STAGES = {
+    "distill": "Distillation",
+    "recover": "LoRA recovery",
+    "sft": "Fine-tuning",
+    "dpo": "Preference tuning",
+}
 
 
 def procedure(facts: Facts) -> list[str]:
@@ -41,6 +48,10 @@ def procedure(facts: Facts) -> list[str]:
     for stage in facts.training:
         if not facts.moved(stage):
             found.append(f"{_STAGES[stage]}: no step beat the untrained weights, which were kept unchanged.")
+        elif stage == "sft":
+            found.append("Fine-tuned: LoRA trained and merged; cross-entropy on the corpus' answers alone.")
+        elif stage == "dpo":
+            found.append(_preferences(facts))
         else:
             options = facts.settings(stage)
             loss = _LOSSES.get(str(options.get("loss")), "divergence")
@@ -49,6 +60,19 @@ def procedure(facts: Facts) -> list[str]:
                 f"{what}: {loss} over the full vocabulary, computed in fp32, against the frozen parent."
             )
     return found
+
+
+def _preferences(facts: Facts) -> str:
+    """Preference tuning, and the pairs that it was done on."""
+    text = "Tuned on preferences: LoRA trained with DPO against the model before it, and merged"
+    pairs = section(facts.reports.get("dpo"), "pairs")
+    num, by_student = number(pairs, "num_pairs"), number(section(pairs, "chosen_from"), "student")
+    if num is None:
+        return f"{text}."
+    text += f"; {count(num)} pairs of answers to prompts whose constraints a program checks"
+    return (
+        f"{text}, {count(by_student)} of the chosen ones its own." if by_student is not None else f"{text}."
+    )
 
 
 def preprocessing(facts: Facts) -> list[str]:
@@ -136,9 +160,13 @@ def pruned_and_preserved(facts: Facts) -> list[str]:
     what = str(facts.settings("distill").get("train"))
     if facts.moved("distill") and what in _TRAINED:
         found.append(f"Trained afterwards: {_TRAINED[what]}.")
-    targets = facts.settings("recover").get("targets")
-    if facts.moved("recover") and isinstance(targets, list):
-        found.append(f"LoRA merged into: {', '.join(one_line(target) for target in targets)}.")
+    targets: dict[str, None] = {}
+    for stage in LORA_STAGES:
+        named = facts.settings(stage).get("targets")
+        if facts.moved(stage) and isinstance(named, list):
+            targets |= dict.fromkeys(one_line(target) for target in named)
+    if targets:
+        found.append(f"LoRA merged into: {', '.join(targets)}.")
     mtp = pruned.get("mtp")
     if mtp in ("pruned", "dropped"):
         found.append(f"The multi-token-prediction layer was {mtp}.")
@@ -176,10 +204,14 @@ def loading_note(facts: Facts) -> str:
 def objective(facts: Facts) -> str:
     """The objective that the weights were trained on last."""
     names = [str(facts.settings(stage).get("loss")) for stage in facts.training if facts.moved(stage)]
-    losses = dict.fromkeys(_LOSSES[name] for name in names if name in _LOSSES)
+    losses = {name: _LOSSES[name] for name in names if name in _LOSSES}
     if not losses:
         return ""
-    return f"Decoder-only language model; objective of the regrowth: {' then '.join(losses)}, token by token."
+    by_token = [text for name, text in losses.items() if name != "dpo"]
+    parts = [f"{' then '.join(by_token)}, token by token"] if by_token else []
+    if "dpo" in losses:
+        parts.append(losses["dpo"])
+    return f"Decoder-only language model; objective of the regrowth: {', then '.join(parts)}."
 
 
 def wall_time(facts: Facts) -> str:

@@ -169,9 +169,18 @@ def _types_plot(facts: Facts) -> str:
     return plots.dots("types", rows, "followed, strict", f"{ifeval_name(facts)} by type of instruction")
 
 
+# training stage -> title of its panel, label of its beginning in a curve over all stages
+_CURVES = {
+    "distill": ("Distil", "distil"),
+    "recover": ("Recover (LoRA)", "recover"),
+    "sft": ("Fine-tune (LoRA)", "fine-tune"),
+    "dpo": ("Preferences (LoRA)", "preferences"),
+}
+
+
 def _loss_plot(facts: Facts) -> str:
     panels = []
-    for stage, title in (("distill", "Distil"), ("recover", "Recover (LoRA)")):
+    for stage, (title, _) in _CURVES.items():
         pairs = records.loss_points(facts, stage)
         if pairs:
             steps, losses = zip(*pairs, strict=True)
@@ -184,7 +193,7 @@ def _held_out_plot(facts: Facts) -> str:
     curves: dict[str, tuple[list[float], list[float]]] = {"kl": ([], []), "top1": ([], [])}
     boundaries: list[tuple[float, str]] = []
     start = 0.0
-    for stage, label in (("distill", "distil"), ("recover", "recover")):
+    for stage, (_, label) in _CURVES.items():
         found = records.held_out_points(facts, stage)
         if not found:
             continue

@@ -21,13 +21,15 @@ _STAGE_NAMES = {
     "prune": "Prune",
     "distill": "Distil",
     "recover": "Recover (LoRA)",
+    "sft": "Fine-tune (LoRA)",
+    "dpo": "Preferences (LoRA)",
     "evaluate": "Evaluate",
     "report": "Report",
 }
 _SETTINGS = {
     "max_steps": "Optimiser steps",
     "loss": "Loss",
-    "beta": "Mixture weight (beta)",
+    "beta": "Beta (mixture weight, or DPO's)",
     "temperature": "Temperature",
     "tokens": "Tokens that count",
     "train": "Weights trained",
@@ -36,12 +38,14 @@ _SETTINGS = {
     "warmup_fraction": "Warm-up share",
     "max_grad_norm": "Gradient clipping (norm)",
     "batch_tokens": "Tokens per batch",
+    "batch_size": "Pairs per batch",
     "gradient_accumulation_steps": "Gradient accumulation",
     "precision": "Precision",
     "optimizer": "Optimiser",
     "on_policy_fraction": "Share of text by the student itself",
     "refresh_steps": "Steps between new texts by the student",
     "rollout_tokens": "Length of a text by the student",
+    "num_samples": "Answers by the student per prompt",
     "select_best": "Best checkpoint kept",
     "rank": "LoRA rank",
     "alpha": "LoRA alpha",
@@ -49,6 +53,7 @@ _SETTINGS = {
     "targets": "LoRA targets",
     "linear_attention": "LoRA on linear attention",
 }
+_WITH_BETA = ("jsd", "skewed_kl", "dpo")
 _ON_POLICY = ("on_policy_fraction", "refresh_steps", "rollout_tokens")
 
 
@@ -168,13 +173,14 @@ def settings_table(facts: Facts) -> Table:
     """Settings of the training stages, side by side."""
     stages = facts.training
     sections = [facts.settings(stage) for stage in stages]
-    loss_needs_beta = any(part.get("loss") in ("jsd", "skewed_kl") for part in sections)
-    on_policy = any(part.get("on_policy_fraction") for part in sections)
+    on_policy = any(part.get("on_policy_fraction") or part.get("num_samples") for part in sections)
     rows = []
     for key, label in _SETTINGS.items():
-        if (key == "beta" and not loss_needs_beta) or (key in _ON_POLICY and not on_policy):
+        if key in _ON_POLICY and not on_policy:
             continue
         values = [part.get(key) for part in sections]
+        if key == "beta":  # other losses do not read it
+            values = [part.get(key) if part.get("loss") in _WITH_BETA else None for part in sections]
         if any(value is not None for value in values):
             rows.append((label, *(_setting(value) for value in values)))
     return Table(("Setting", *(_STAGE_NAMES[stage] for stage in stages)), tuple(rows))

@@ -18,6 +18,8 @@ LABELS = {
     "pruned": "Pruned",
     "distilled": "Distilled",
     "recovered": "Recovered",
+    "finetuned": "Fine-tuned",
+    "aligned": "Aligned (DPO)",
 }
 
 
