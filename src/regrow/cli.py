@@ -275,6 +275,38 @@ def finish(
     _train("finish", distill_model, student, teacher, corpus, held_out, steps, out, settings)
 
 
+@app.command()
+def sft(
+    student: Student,
+    teacher: Teacher,
+    corpus: CorpusFiles,
+    held_out: HeldOut,
+    steps: Steps,
+    out: Out,
+    settings: Set = None,
+) -> None:
+    """Fine-tune LoRA on the corpus' answers and merge it; --set takes the keys of a recipe's sft."""
+    from regrow.training.sft import sft as finetune
+
+    _train("sft", finetune, student, teacher, corpus, held_out, steps, out, settings)
+
+
+@app.command()
+def dpo(
+    student: Student,
+    teacher: Teacher,
+    corpus: CorpusFiles,
+    held_out: HeldOut,
+    steps: Steps,
+    out: Out,
+    settings: Set = None,
+) -> None:
+    """Tune LoRA on preferences that checkers decide and merge it; --set takes the keys of a recipe's dpo."""
+    from regrow.training.dpo import dpo as tune_preferences
+
+    _train("dpo", tune_preferences, student, teacher, corpus, held_out, steps, out, settings)
+
+
 def _train(
     stage: str,
     function: Any,
@@ -286,7 +318,7 @@ def _train(
     out: Path,
     settings: list[str] | None,
 ) -> None:
-    """Both training verbs: the same checks and defaults as a recipe's, through a recipe of one stage."""
+    """All training verbs: the same checks and defaults as a recipe's, through a recipe of one stage."""
     from regrow.files import require_new_folder
     from regrow.modeling.sources import resolve_model
     from regrow.stages import train_once

@@ -137,6 +137,54 @@ class Finish(Distill):
     select_by: Literal["held_out_kl", "development", "last"] = "development"
 
 
+class Post(Section):
+    """What fine-tuning and preference tuning with TRL have in common: LoRA adapters, merged afterwards."""
+
+    max_steps: Positive
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_fraction: Fraction = 0.05
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: bool = False
+    precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
+    optimizer: str = "adamw_torch_fused"
+    eval_steps: Positive | None = None
+    logging_steps: Positive = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+    held_out_tokens: Positive = 8_192
+    rank: Positive = 32
+    alpha: Positive = 64
+    targets: tuple[str, ...] = Recover.model_fields["targets"].default
+    linear_attention: bool = False
+
+
+class Sft(Post):
+    """Fine-tuning on the corpora's answers: cross-entropy on the assistant's tokens (TRL's SFTTrainer)."""
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-4
+    batch_tokens: Positive = 2_048
+    gradient_accumulation_steps: Positive = 1
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    select_by: Literal["held_out_kl", "last"] = "held_out_kl"
+
+
+class Dpo(Post):
+    """Preference tuning on pairs that the constraint checkers decide (TRL's DPOTrainer).
+
+    `batch_size` counts pairs. The student writes `num_samples` answers of `rollout_tokens` to each prompt.
+    """
+
+    learning_rate: Annotated[float, Field(gt=0)] = 1e-5
+    beta: Annotated[float, Field(gt=0)] = 0.1
+    batch_size: Positive = 4
+    gradient_accumulation_steps: Positive = 4
+    select_by: Literal["held_out_kl", "last"] = "last"
+    num_samples: Positive = 4
+    min_pairs: Positive = 32
+    rollout_tokens: Positive = 512
+    rollout_temperature: Annotated[float, Field(gt=0)] = 1.0
+    rollout_batch_size: Positive = 32
+
+
 class IfevalOptions(Section):
     """How IFEval (or a development set with the same checkers) is generated and scored.
 
@@ -204,6 +252,8 @@ class Recipe(Section):
     distill: Distill | None = None
     recover: Recover | None = None
     finish: Finish | None = None
+    sft: Sft | None = None
+    dpo: Dpo | None = None
     evaluate: Evaluate = Evaluate()
     report: Report = Report()
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from regrow.files import publish_folder, write_json
-from regrow.recipe import Corpus, Recipe, Training, apply_override, parse_recipe
+from regrow.recipe import Corpus, Post, Recipe, Training, apply_override, parse_recipe
 
 CorpusSpec = tuple[str, str, float, int | None]
 
@@ -121,7 +121,7 @@ def _prune(context: Context) -> dict[str, Any]:
 def _train(
     context: Context,
     function: Callable[..., dict[str, Any]],
-    section: Training,
+    section: Training | Post,
     student: Path,
     out: Path,
 ) -> dict[str, Any]:
@@ -163,6 +163,29 @@ def _finish(context: Context) -> dict[str, Any]:
 
     assert context.recipe.finish is not None
     return _train(context, distill, context.recipe.finish, context.student("finish"), context.out / "model")
+
+
+def _sft(context: Context) -> dict[str, Any]:
+    from regrow.training.sft import sft
+
+    assert context.recipe.sft is not None
+    return _train(context, sft, context.recipe.sft, context.student("sft"), context.out / "model")
+
+
+def _dpo(context: Context) -> dict[str, Any]:
+    from regrow.training.dpo import dpo
+
+    assert context.recipe.dpo is not None
+    report = _train(context, dpo, context.recipe.dpo, context.student("dpo"), context.out / "model")
+    shutil.copy2(context.work / "pairs.jsonl", context.out)
+    return report
+
+
+def _constraints(recipe: Recipe) -> dict[str, Any]:
+    """The constraints of the corpora's rows; the corpora's own hashes cover the text only."""
+    from regrow.data.constrained import constraints_hash
+
+    return {"constraints": constraints_hash(corpus_specs(recipe.corpora))}
 
 
 def _evaluate(context: Context) -> dict[str, Any]:
@@ -254,7 +277,7 @@ def train_once(
     """A training stage as a verb of its own, with the checks and defaults of a recipe.
 
     Args:
-        stage: `"distill"`, `"recover"` or `"finish"`.
+        stage: a training stage of the table.
         function: the stage's leaf function.
         student, teacher: local model folders.
         corpora, held_out: sources as in a recipe.
@@ -289,9 +312,16 @@ def one_stage_recipe(
     return parse_recipe(value, f"regrow {stage}")
 
 
-MODEL_STAGES = ("prune", "distill", "recover", "finish")
+MODEL_STAGES = ("prune", "distill", "recover", "finish", "sft", "dpo")
 _RECORDS = Path("stages/evaluate/records")
-MODEL_NAMES = {"prune": "pruned", "distill": "distilled", "recover": "recovered", "finish": "finished"}
+MODEL_NAMES = {
+    "prune": "pruned",
+    "distill": "distilled",
+    "recover": "recovered",
+    "finish": "finished",
+    "sft": "finetuned",
+    "dpo": "aligned",
+}
 
 _DATA = ("corpora", "sequence_length", "enable_thinking", "seed")
 
@@ -325,6 +355,21 @@ STAGES: tuple[Stage, ...] = (
         ("finish", "held_out", *_DATA),
         _finish,
         lambda recipe: recipe.finish is not None,
+    ),
+    Stage(
+        "sft",
+        ("prune", "distill", "recover", "finish"),
+        ("sft", "held_out", *_DATA),
+        _sft,
+        lambda recipe: recipe.sft is not None,
+    ),
+    Stage(
+        "dpo",
+        ("prune", "distill", "recover", "finish", "sft"),
+        ("dpo", "held_out", *_DATA),
+        _dpo,
+        lambda recipe: recipe.dpo is not None,
+        _constraints,
     ),
     Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate),
     Stage("report", (*MODEL_STAGES, "evaluate"), ("name", "report"), _report),

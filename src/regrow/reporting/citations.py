@@ -10,6 +10,7 @@ _ARXIV = re.compile(r"\b(\d{4}\.\d{4,5})\b")
 _DISTILLATION = "1503.02531"
 _ON_POLICY = "2306.13649"
 _LORA = "2106.09685"
+_DPO = "2305.18290"
 _IFEVAL = "2311.07911"
 _LOSSES = {"jsd": "2306.13649", "skewed_kl": "2402.03898", "reverse_kl": "2306.08543"}
 _CRITERIA = {
@@ -55,6 +56,13 @@ _PAPERS = {
         "van der Ouderaa, Tycho F. A. and Nagel, Markus and van Baalen, Mart and Asano, Yuki M. and "
         "Blankevoort, Tijmen",
         "The {LLM} Surgeon",
+        2023,
+    ),
+    "2305.18290": (
+        "rafailov2023dpo",
+        "Rafailov, Rafael and Sharma, Archit and Mitchell, Eric and Ermon, Stefano and Manning, Christopher "
+        "D. and Finn, Chelsea",
+        "Direct Preference Optimization: Your Language Model is Secretly a Reward Model",
         2023,
     ),
     "2306.08543": (
@@ -130,15 +138,17 @@ def _used(facts: Facts) -> Iterable[str]:
         yield from recorded or _CRITERIA.get(str(pruned.get("criterion") or options.get("criterion")), ())
         if pruned.get("refit", options.get("refit")):
             yield from _REFIT
-    for stage in facts.training:
+    for stage in facts.distilling:
         yield _DISTILLATION
         settings = facts.settings(stage)
         if str(settings.get("loss")) in _LOSSES:
             yield _LOSSES[str(settings.get("loss"))]
         if settings.get("on_policy_fraction"):
             yield _ON_POLICY
-    if "recover" in facts.reports:
+    if facts.adapting:
         yield _LORA
+    if "dpo" in facts.reports:
+        yield _DPO
     if any(model.ifeval for model in facts.models):
         yield _IFEVAL
 

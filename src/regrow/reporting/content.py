@@ -5,9 +5,16 @@ to stand on returns nothing.
 """
 
 from regrow.reporting.estimate import interval_of
-from regrow.reporting.facts import IFEVAL_FIGURES, Facts, estimate, number, section
+from regrow.reporting.facts import (
+    IFEVAL_FIGURES,
+    Facts,
+    estimate,
+    number,
+    section,
+)
 from regrow.reporting.records import widths
 from regrow.reporting.rows import ifeval_name
+from regrow.reporting.steps import TRAINING_STEPS
 from regrow.reporting.text import (
     change,
     count,
@@ -24,7 +31,7 @@ from regrow.reporting.text import (
 
 def summary(facts: Facts) -> str:
     """What the model is, in one or two sentences."""
-    made = [words for stage, words in _MADE_BY.items() if facts.moved(stage)]
+    made = [step.made for step in TRAINING_STEPS if facts.moved(step.stage)]
     before, after = widths(facts)
     if before and after:
         cut = f"with its gated MLPs cut from {before:,} to {after:,} channels ({change(before, after)})"
@@ -36,13 +43,6 @@ def summary(facts: Facts) -> str:
     if made:
         text += f", then {_and(made)}"
     return f"{text}.{_size_sentence(facts)}"
-
-
-_MADE_BY = {
-    "distill": "distilled from the unpruned parent over the full vocabulary",
-    "recover": "recovered with LoRA on the same distillation loss and merged",
-    "finish": "finished on its own answers, judged by the parent token by token",
-}
 
 
 def limitations(facts: Facts) -> list[str]:
@@ -139,10 +139,12 @@ def glossary(facts: Facts) -> list[tuple[str, str]]:
                 "for the removed ones on the calibration text",
             )
         )
-    if facts.training:
+    if facts.distilling:
         terms.append(("Distillation", "training the pruned model on the teacher's next-token distributions"))
-    if "recover" in facts.reports:
+    if facts.adapting:
         terms.append(("LoRA", "trained low-rank updates of the weights, added to them after training"))
+    if "dpo" in facts.reports:
+        terms.append(("DPO", "training that prefers the better of two answers to a prompt"))
     if any(model.ifeval for model in facts.models):
         terms.append(("IFEval", "benchmark of instructions that a program can check"))
     return terms

@@ -11,11 +11,9 @@ from typing import Any
 
 from regrow.files import read_json
 from regrow.reporting.estimate import Estimate, interval_of, share
+from regrow.reporting.steps import STEP_OF_MODEL, STEPS, TRAINING_STEPS
 from regrow.reporting.text import is_hub_id, is_number, public_name, without_paths
 
-STUDENTS = ("pruned", "distilled", "recovered", "finished")
-TRAINING_STAGES = ("distill", "recover", "finish")
-STAGE_OF = {"pruned": "prune", "distilled": "distill", "recovered": "recover", "finished": "finish"}
 IFEVAL_FIGURES = (
     ("prompt_level_strict", "prompt level, strict"),
     ("inst_level_strict", "instruction level, strict"),
@@ -81,7 +79,17 @@ class Facts:
     @property
     def training(self) -> tuple[str, ...]:
         """The training stages that ran, in order."""
-        return tuple(stage for stage in TRAINING_STAGES if stage in self.reports)
+        return tuple(step.stage for step in TRAINING_STEPS if step.stage in self.reports)
+
+    @property
+    def distilling(self) -> tuple[str, ...]:
+        """Those that trained toward the parent's distributions."""
+        return tuple(s.stage for s in TRAINING_STEPS if s.distils and s.stage in self.reports)
+
+    @property
+    def adapting(self) -> tuple[str, ...]:
+        """Those that trained LoRA adapters."""
+        return tuple(s.stage for s in TRAINING_STEPS if s.lora and s.stage in self.reports)
 
     def moved(self, stage: str) -> bool:
         """Whether a training stage changed the weights; it keeps the old ones where no step was better."""
@@ -137,8 +145,9 @@ def read_facts(results: Any, model: Path | None = None) -> Facts:
     if not environment:
         environment = {key: section(results, key) for key in ("hardware", "versions")}
     measured = section(results, "models")
-    final = results.get("final") or next((m for m in reversed(STUDENTS) if STAGE_OF[m] in reports), None)
-    names = dict.fromkeys(["teacher", *STUDENTS, *measured, *([str(final)] if final else [])])
+    made = [step.model for step in STEPS if step.stage in reports]
+    final = results.get("final") or (made[-1] if made else None)
+    names = dict.fromkeys(["teacher", *STEP_OF_MODEL, *measured, *([str(final)] if final else [])])
     models = [_model(name, measured.get(name), reports) for name in names]
     return Facts(
         recipe=section(results, "recipe"),
@@ -211,7 +220,7 @@ def _counts(value: dict[str, Any]) -> tuple[int, int] | None:
 
 def _model(name: str, measured: Any, reports: dict[str, dict[str, Any]]) -> Model | None:
     measured = measured if isinstance(measured, dict) else {}
-    made_by = reports.get(STAGE_OF.get(name, ""))
+    made_by = reports.get(STEP_OF_MODEL[name].stage) if name in STEP_OF_MODEL else None
     if not measured and made_by is None:
         return None
     size = section(measured, "size")

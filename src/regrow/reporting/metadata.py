@@ -109,10 +109,11 @@ def _result(
 
 def _tags(facts: Facts) -> list[str]:
     tags = ["regrow", "pruned", "mlp-width-pruning"]
-    if any(facts.moved(stage) for stage in facts.training):
+    if any(facts.moved(stage) for stage in facts.distilling):
         tags.append("knowledge-distillation")
-    if facts.moved("recover"):
+    if any(facts.moved(stage) for stage in facts.adapting):
         tags.append("lora")
+    tags += [stage for stage in ("sft", "dpo") if facts.moved(stage)]
     return tags
 
 

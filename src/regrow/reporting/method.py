@@ -2,6 +2,7 @@
 
 from regrow.reporting.facts import Facts, number, section
 from regrow.reporting.records import final_point, held_out_points, widths
+from regrow.reporting.steps import STEP_OF_STAGE
 from regrow.reporting.text import change, count, duration, figure, one_line, percent
 
 _REGIMES = {
@@ -14,12 +15,8 @@ _LOSSES = {
     "reverse_kl": "KL(student || teacher)",
     "jsd": "generalised Jensen-Shannon divergence",
     "skewed_kl": "skewed KL",
-}
-_STAGES = {"distill": "Distillation", "recover": "LoRA recovery", "finish": "On-policy finish"}
-_DONE = {
-    "distill": "Distilled",
-    "recover": "Recovered: LoRA trained and merged",
-    "finish": "Finished on the student's own answers",
+    "cross_entropy": "cross-entropy on the corpus' answers",
+    "dpo": "DPO on pairs of answers",
 }
 
 
@@ -45,13 +42,31 @@ def procedure(facts: Facts) -> list[str]:
         found.append(f"{text}.")
     for stage in facts.training:
         if not facts.moved(stage):
-            found.append(f"{_STAGES[stage]}: no step beat the untrained weights, which were kept unchanged.")
+            noun = STEP_OF_STAGE[stage].noun
+            found.append(f"{noun}: no step beat the untrained weights, which were kept unchanged.")
+        elif stage == "sft":
+            found.append("Fine-tuned: LoRA trained and merged; cross-entropy on the corpus' answers alone.")
+        elif stage == "dpo":
+            found.append(_preferences(facts))
         else:
             options = facts.settings(stage)
             loss = _LOSSES.get(str(options.get("loss")), "divergence")
             how = f"{loss} over the full vocabulary, computed in fp32, against the frozen parent"
-            found.append(f"{_DONE[stage]}: {how}.")
+            found.append(f"{STEP_OF_STAGE[stage].noun}: {how}.")
     return found
+
+
+def _preferences(facts: Facts) -> str:
+    """Preference tuning, and the pairs that it was done on."""
+    text = "Tuned on preferences: LoRA trained with DPO against the model before it, and merged"
+    pairs = section(facts.reports.get("dpo"), "pairs")
+    num, by_student = number(pairs, "num_pairs"), number(section(pairs, "chosen_from"), "student")
+    if num is None:
+        return f"{text}."
+    text += f"; {count(num)} pairs of answers to prompts whose constraints a program checks"
+    return (
+        f"{text}, {count(by_student)} of the chosen ones its own." if by_student is not None else f"{text}."
+    )
 
 
 def preprocessing(facts: Facts) -> list[str]:
@@ -98,7 +113,7 @@ def training_course(facts: Facts) -> list[str]:
             if before is not None and after is not None:
                 parts.append(f"{label} {write(before)} to {write(after)}")
         if parts:
-            found.append(f"{_STAGES[stage]}, held-out text during training: {', '.join(parts)}.")
+            found.append(f"{STEP_OF_STAGE[stage].noun}, held-out text during training: {', '.join(parts)}.")
     return found
 
 
@@ -139,10 +154,14 @@ def pruned_and_preserved(facts: Facts) -> list[str]:
     for stage in facts.training:
         what = str(facts.settings(stage).get("train"))
         if facts.moved(stage) and what in _TRAINED:
-            found.append(f"{_STAGES[stage]} trained {_TRAINED[what]}.")
-    targets = facts.settings("recover").get("targets")
-    if facts.moved("recover") and isinstance(targets, list):
-        found.append(f"LoRA merged into: {', '.join(one_line(target) for target in targets)}.")
+            found.append(f"{STEP_OF_STAGE[stage].noun} trained {_TRAINED[what]}.")
+    targets: dict[str, None] = {}
+    for stage in facts.adapting:
+        named = facts.settings(stage).get("targets")
+        if facts.moved(stage) and isinstance(named, list):
+            targets |= dict.fromkeys(one_line(target) for target in named)
+    if targets:
+        found.append(f"LoRA merged into: {', '.join(targets)}.")
     mtp = pruned.get("mtp")
     if mtp in ("pruned", "dropped"):
         found.append(f"The multi-token-prediction layer was {mtp}.")
@@ -180,10 +199,14 @@ def loading_note(facts: Facts) -> str:
 def objective(facts: Facts) -> str:
     """The objective that the weights were trained on last."""
     names = [str(facts.settings(stage).get("loss")) for stage in facts.training if facts.moved(stage)]
-    losses = dict.fromkeys(_LOSSES[name] for name in names if name in _LOSSES)
+    losses = {name: _LOSSES[name] for name in names if name in _LOSSES}
     if not losses:
         return ""
-    return f"Decoder-only language model; objective of the regrowth: {' then '.join(losses)}, token by token."
+    by_token = [text for name, text in losses.items() if name != "dpo"]
+    parts = [f"{' then '.join(by_token)}, token by token"] if by_token else []
+    if "dpo" in losses:
+        parts.append(losses["dpo"])
+    return f"Decoder-only language model; objective of the regrowth: {', then '.join(parts)}."
 
 
 def wall_time(facts: Facts) -> str:

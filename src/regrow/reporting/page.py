@@ -8,9 +8,10 @@ import jinja2
 from regrow.reporting import content, method, plots, records
 from regrow.reporting.card import TEMPLATES, card_sections
 from regrow.reporting.estimate import Estimate
-from regrow.reporting.facts import IFEVAL_FIGURES, STUDENTS, Facts, by_type, estimate, number
+from regrow.reporting.facts import IFEVAL_FIGURES, Facts, by_type, estimate, number
 from regrow.reporting.plots import Bar, Level, Panel, Series
 from regrow.reporting.rows import ifeval_name, memory_label, speed_change
+from regrow.reporting.steps import STEP_OF_MODEL
 from regrow.reporting.table import before_after_table, label_of
 from regrow.reporting.text import change, count, figure, one_line, percent, points, short_count, size
 
@@ -139,7 +140,7 @@ def _agreement_plot(facts: Facts) -> str:
     rows = []
     for model in facts.models:
         measured = estimate(model.fidelity, "top1_agreement")
-        if measured and model.name in (*STUDENTS, facts.final):
+        if measured and model.name in (*STEP_OF_MODEL, facts.final):
             role = "student" if model.name == facts.final else "before"
             rows.append((label_of(model.name), [("agreement", role, measured)]))
     return plots.dots(
@@ -175,7 +176,7 @@ def _loss_plot(facts: Facts) -> str:
         pairs = records.loss_points(facts, stage)
         if pairs:
             steps, losses = zip(*pairs, strict=True)
-            title = records.STAGE_NAMES[stage]
+            title = records.title_of(stage)
             panels.append(Panel(title, (Series("loss", steps, losses, "student", markers=len(steps) < 30),)))
     return plots.lines("loss", panels, "optimiser step", "Training loss by step")
 

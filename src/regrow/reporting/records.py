@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from regrow.reporting.facts import Facts, by_type, number, section
+from regrow.reporting.steps import STEP_OF_STAGE
 from regrow.reporting.table import NOT_MEASURED, Table, label_of
 from regrow.reporting.text import (
     count,
@@ -16,19 +17,10 @@ from regrow.reporting.text import (
     size,
 )
 
-STAGE_NAMES = {
-    "calibrate": "Calibrate",
-    "prune": "Prune",
-    "distill": "Distil",
-    "recover": "Recover (LoRA)",
-    "finish": "Finish (on-policy)",
-    "evaluate": "Evaluate",
-    "report": "Report",
-}
 _SETTINGS = {
     "max_steps": "Optimiser steps",
     "loss": "Loss",
-    "beta": "Mixture weight (beta)",
+    "beta": "Beta (mixture weight, or DPO's)",
     "temperature": "Temperature",
     "label_weight": "Weight of the text's own tokens",
     "tokens": "Tokens that count",
@@ -38,6 +30,7 @@ _SETTINGS = {
     "warmup_fraction": "Warm-up share",
     "max_grad_norm": "Gradient clipping (norm)",
     "batch_tokens": "Tokens per batch",
+    "batch_size": "Pairs per batch",
     "gradient_accumulation_steps": "Gradient accumulation",
     "precision": "Precision",
     "optimizer": "Optimiser",
@@ -46,13 +39,20 @@ _SETTINGS = {
     "rollout_tokens": "Length of a text by the student",
     "select_by": "Checkpoint chosen by",
     "patience": "Patience (evaluations)",
+    "num_samples": "Answers by the student per prompt",
     "rank": "LoRA rank",
     "alpha": "LoRA alpha",
     "dropout": "LoRA dropout",
     "targets": "LoRA targets",
     "linear_attention": "LoRA on linear attention",
 }
+_WITH_BETA = ("jsd", "skewed_kl", "dpo")
 _ON_POLICY = ("on_policy_fraction", "refresh_steps", "rollout_tokens")
+
+
+def title_of(stage: str) -> str:
+    """What a stage is called over columns and plots."""
+    return STEP_OF_STAGE[stage].title if stage in STEP_OF_STAGE else stage.capitalize()
 
 
 def widths(facts: Facts) -> tuple[int | None, int | None]:
@@ -171,16 +171,17 @@ def settings_table(facts: Facts) -> Table:
     """Settings of the training stages, side by side."""
     stages = facts.training
     sections = [facts.settings(stage) for stage in stages]
-    loss_needs_beta = any(part.get("loss") in ("jsd", "skewed_kl") for part in sections)
-    on_policy = any(part.get("on_policy_fraction") for part in sections)
+    on_policy = any(part.get("on_policy_fraction") or part.get("num_samples") for part in sections)
     rows = []
     for key, label in _SETTINGS.items():
-        if (key == "beta" and not loss_needs_beta) or (key in _ON_POLICY and not on_policy):
+        if key in _ON_POLICY and not on_policy:
             continue
         values = [part.get(key) for part in sections]
+        if key == "beta":  # other losses do not read it
+            values = [part.get(key) if part.get("loss") in _WITH_BETA else None for part in sections]
         if any(value is not None for value in values):
             rows.append((label, *(_setting(value) for value in values)))
-    return Table(("Setting", *(STAGE_NAMES[stage] for stage in stages)), tuple(rows))
+    return Table(("Setting", *(title_of(stage) for stage in stages)), tuple(rows))
 
 
 def times_table(facts: Facts) -> Table:
@@ -194,7 +195,7 @@ def times_table(facts: Facts) -> Table:
         memory = number(report, "peak_memory_bytes")
         rows.append(
             (
-                STAGE_NAMES.get(stage, stage),
+                title_of(stage),
                 duration(seconds),
                 count(steps) if steps is not None else "",
                 count(tokens) if tokens is not None else "",

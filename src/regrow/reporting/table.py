@@ -9,17 +9,11 @@ from typing import Any
 from regrow.files import read_json
 from regrow.reporting.facts import Facts, number, read_facts
 from regrow.reporting.rows import Row, table_rows
+from regrow.reporting.steps import STEP_OF_MODEL
 from regrow.reporting.text import count
 
 NOT_MEASURED = "\u2013"
 _ASCII = str.maketrans({"\u2212": "-", "\u2013": "-", "\u2191": "(up)", "\u2193": "(down)"})
-LABELS = {
-    "teacher": "Teacher",
-    "pruned": "Pruned",
-    "distilled": "Distilled",
-    "recovered": "Recovered",
-    "finished": "Finished on-policy",
-}
 
 
 @dataclass(frozen=True)
@@ -70,7 +64,9 @@ def before_after_table(results: dict[str, Any] | Facts) -> Table:
 
 def label_of(name: str) -> str:
     """How a model of the run is called in tables and plots."""
-    return LABELS.get(name, name)
+    if name == "teacher":
+        return "Teacher"
+    return STEP_OF_MODEL[name].model_label if name in STEP_OF_MODEL else name
 
 
 def print_summary(run_dir: str | Path) -> None:

@@ -1,16 +1,14 @@
 """The teacher answers prompts: turn by turn, with further attempts where a constraint was missed."""
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from regrow.data.constraints import Verdict, check_response
+from regrow.data.constraints import Verdict, check_response, visible
 from regrow.synthesis.prompts import Prompt
 
 Message = dict[str, str]
 _SEEDS_PER_BLOCK = 1_000  # attempts x turns of one block stay below this
-_THINKING = re.compile(r"^.*</think>\s*", flags=re.DOTALL)
 
 
 class Answered(Protocol):
@@ -96,11 +94,6 @@ def answer_block(
                 if index not in best or result.rank > best[index].rank:
                     best[index] = result
     return [_row(prompt, best[index], model_name, seed) for index, prompt in enumerate(prompts)]
-
-
-def visible(text: str) -> str:
-    """An answer without its thinking block: what a person reads and a checker judges."""
-    return _THINKING.sub("", text)
 
 
 def _converse(prompts: Sequence[Prompt], answer: Answer, decoding: Decoding, attempt: int) -> list[_Result]:

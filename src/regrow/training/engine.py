@@ -1,8 +1,6 @@
 """One training run, from folders to a model folder; what distillation and recovery have in common."""
 
 import contextlib
-import resource
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +26,7 @@ from regrow.training.best import BestWeights
 from regrow.training.checkpoints import claim_work_dir, newest_checkpoint, read_record
 from regrow.training.development import DevelopmentSet
 from regrow.training.held_out import HeldOut
+from regrow.training.memory import memory_errors, peak_memory_bytes
 from regrow.training.record import RunRecord
 from regrow.training.rollouts import Rollouts
 from regrow.training.rows import Plan, RunBatches, plan_held_out, plan_run, usable_rows
@@ -125,7 +124,7 @@ def run_training(
     )
     held_rows = held_rows[:num_held]
 
-    with _memory_errors(settings):
+    with memory_errors(_remedies(settings), " The last checkpoint is kept."):
         model = load_model(
             student,
             dtype=load_dtype(settings.precision),
@@ -346,14 +345,6 @@ def _chosen_state(
     return best, record.best_step, chosen
 
 
-def peak_memory_bytes(device: torch.device) -> int:
-    """Peak memory: allocated on the GPU, or of the whole process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
 @contextlib.contextmanager
 def _progress(name: str, total: float, shown: bool) -> Iterator[Progress | None]:
     if not shown:
@@ -363,20 +354,10 @@ def _progress(name: str, total: float, shown: bool) -> Iterator[Progress | None]
         yield progress
 
 
-@contextlib.contextmanager
-def _memory_errors(settings: TrainingSettings) -> Iterator[None]:
-    """Out of memory as one sentence with the remedy."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not named and "can't allocate memory" not in str(error):
-            raise
-        remedies = [f"halve batch_tokens ({settings.batch_tokens}) and double gradient_accumulation_steps"]
-        if not settings.gradient_checkpointing:
-            remedies.append("set gradient_checkpointing: true")
-        if settings.teacher_mode == "live":
-            remedies.append("set teacher_mode: cached")
-        raise RunError(
-            f"Out of memory while training; {', or '.join(remedies)}. The last checkpoint is kept."
-        ) from None
+def _remedies(settings: TrainingSettings) -> list[str]:
+    remedies = [f"halve batch_tokens ({settings.batch_tokens}) and double gradient_accumulation_steps"]
+    if not settings.gradient_checkpointing:
+        remedies.append("set gradient_checkpointing: true")
+    if settings.teacher_mode == "live":
+        remedies.append("set teacher_mode: cached")
+    return remedies

@@ -18,6 +18,9 @@ from regrow.checkpoint.overlay import Values
 from regrow.errors import RunError, UserError
 from regrow.training.result import Take, places
 
+DEFAULT_TARGETS = ("gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")
+
+
 _LINEAR_ATTENTION = ".linear_attn."
 _PREFIX = "base_model.model."
 _A, _B = ".lora_A.default.weight", ".lora_B.default.weight"

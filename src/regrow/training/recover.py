@@ -11,11 +11,9 @@ from regrow.checkpoint import CheckpointReader
 from regrow.checkpoint.overlay import Values
 from regrow.errors import UserError
 from regrow.training.engine import Method, run_training
-from regrow.training.lora import add_adapters, merged_tensors
+from regrow.training.lora import DEFAULT_TARGETS, add_adapters, merged_tensors
 from regrow.training.settings import CorpusSpec, TrainingSettings
 from regrow.training.student import set_precision, stored_dtypes
-
-DEFAULT_TARGETS = ("gate_proj", "up_proj", "down_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 
 
 def recover(

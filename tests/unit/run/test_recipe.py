@@ -47,6 +47,9 @@ def test_published_recipe_has_the_published_settings():
         ({"corpora": []}, ["corpora"]),
         ({"name": "../up"}, ["name", "../up"]),
         ({"distill": {"max_steps": 10, "lr": 1e-3}}, ["distill.lr", "spelling"]),
+        ({"sft": {"max_steps": 10, "batch_size": 4}}, ["sft.batch_size", "spelling"]),
+        ({"dpo": {"max_steps": 10, "dropout": 0.1}}, ["dpo.dropout", "spelling"]),
+        ({"dpo": {"max_steps": 10, "beta": 0}}, ["dpo.beta", "0"]),
         ({"evaluate": {"benchmarks": ["mmlu"]}}, ["benchmarks", "mmlu"]),
     ],
 )

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from regrow.synthesis.answers import Decoding, answer_block, visible
+from regrow.data.constraints import visible
+from regrow.synthesis.answers import Decoding, answer_block
 from regrow.synthesis.prompts import make_prompt
 
 

@@ -1,0 +1,34 @@
+"""How much memory training took, and what to do when it was too much."""
+
+import contextlib
+import resource
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from regrow.errors import RunError
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak memory: allocated on the GPU, or of the whole process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@contextlib.contextmanager
+def memory_errors(remedies: Sequence[str], after: str = "") -> Iterator[None]:
+    """Out of memory as one sentence with the remedies, and what else is to be said.
+
+    Raises:
+        RunError: memory did not suffice within the block.
+    """
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        named = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not named and "can't allocate memory" not in str(error):
+            raise
+        raise RunError(f"Out of memory while training; {', or '.join(remedies)}.{after}") from None

@@ -1,0 +1,161 @@
+"""One run of `sft` or `dpo`, from folders to a model folder: adapters, TRL's trainer, held-out KL, merge."""
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, TrainerCallback
+
+from regrow.checkpoint import CheckpointReader
+from regrow.checkpoint.overlay import overlay_checkpoint
+from regrow.data.blend import encode_corpora
+from regrow.errors import UserError
+from regrow.files import require_new_folder
+from regrow.modeling.hidden import check_head, head_of
+from regrow.modeling.load import load_model, load_tokenizer, pick_device
+from regrow.progress import Progress
+from regrow.training.held_out import HeldOut
+from regrow.training.lora import add_adapters, merged_tensors
+from regrow.training.memory import memory_errors, peak_memory_bytes
+from regrow.training.post_settings import PostSettings
+from regrow.training.post_steps import PostData, PostSteps
+from regrow.training.rows import collate, plan_held_out, usable_rows
+from regrow.training.settings import CorpusSpec
+from regrow.training.student import load_dtype, set_precision, stored_dtypes
+from regrow.training.teacher import KeptTeacher
+
+
+@dataclass(frozen=True)
+class PostMethod:
+    """What tells `sft` and `dpo` apart.
+
+    Attributes:
+        name: `"sft"` or `"dpo"`.
+        options: the method's own settings, JSON.
+        data: the loaded student (still without adapters) and its tokenizer -> what is trained on.
+        trainer: (model with adapters, tokenizer, columns, callback) -> TRL's trainer.
+        figures: entry of the loss curve -> TRL's name of the figure, for what is recorded beside the loss.
+    """
+
+    name: str
+    options: dict[str, Any]
+    data: Callable[[PreTrainedModel, Any], PostData]
+    trainer: Callable[[Any, Any, dict[str, list[list[int]]], TrainerCallback], Any]
+    figures: dict[str, str] = field(default_factory=dict)
+
+
+def run_post(
+    method: PostMethod,
+    *,
+    student: Path,
+    teacher: Path,
+    held_out: CorpusSpec,
+    out: Path,
+    settings: PostSettings,
+) -> dict[str, Any]:
+    """Train adapters on `student` and write the merged model to `out`.
+
+    The teacher is loaded once, before the student, for its final hidden states of the held-out text; it does
+    not stay in memory. Nothing but `method.data` can be resumed: a killed run trains again from step 0.
+
+    Returns:
+        the report: the fields of `distill`'s that apply, and the method's own.
+
+    Raises:
+        UserError: arguments, models or text do not fit.
+        RunError: loss not finite, out of memory, disk full.
+    """
+    require_new_folder(out)
+    device = pick_device(settings.device)
+    reader = CheckpointReader(student)
+    tokenizer = load_tokenizer(student, settings.trust_remote_code)
+    held = encode_corpora(
+        tokenizer,
+        [held_out],
+        max_length=settings.sequence_length,
+        enable_thinking=settings.enable_thinking,
+        seed=settings.seed,
+    )
+    held_rows, notes = usable_rows(held.rows, "all", "held-out text")
+    plan, num_held = plan_held_out(held_rows, batch_tokens=2_048, max_tokens=settings.held_out_tokens)
+    batches = [collate([held_rows[row] for row in numbers], "all", numbers) for numbers in plan]
+    with memory_errors(_remedies(settings)):
+        kept = KeptTeacher(
+            load_model(
+                teacher,
+                dtype="float32" if settings.precision == "fp32" else "bfloat16",
+                device=device,
+                trust_remote_code=settings.trust_remote_code,
+            ),
+            batches,
+            device,
+        )
+        model = load_model(
+            student,
+            dtype=load_dtype(settings.precision),
+            device=device,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        check_head(model)
+        if kept.head.weight_VD.shape[0] != head_of(model).weight_VD.shape[0]:
+            raise UserError(
+                f"The vocabularies of {student} and {teacher} differ; use the model's own parent."
+            )
+        set_precision(model, [], stored_dtypes(reader), settings.precision)
+        data = method.data(model, tokenizer)
+        module, adapter_notes = add_adapters(
+            model,
+            rank=settings.rank,
+            alpha=settings.alpha,
+            dropout=settings.dropout,
+            targets=settings.targets,
+            linear_attention=settings.linear_attention,
+            seed=settings.seed,
+            fp32_adapters=settings.precision != "bf16",
+        )
+        measured = HeldOut(held_rows[:num_held], plan, "all", kept)
+        steps = PostSteps(method.figures, module, data, measured, device, settings)
+        try:
+            trainer = method.trainer(module, tokenizer, data.columns, steps)
+        except (ValueError, ImportError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise UserError(f"The trainer refuses these settings: {reason[:200]}.") from None
+        trainer.plan = data.plan
+        with Progress(method.name, settings.max_steps, "steps") as steps.progress:
+            trainer.train()
+    state, chosen_step, choice = steps.chosen()
+    overlay_checkpoint(
+        base=student,
+        out=out,
+        replacements=merged_tensors(reader, state, rank=settings.rank, alpha=settings.alpha),
+        shards=settings.shards,
+        max_shard_size=settings.max_shard_size,
+    )
+    record = steps.record
+    return {
+        "method": method.name,
+        "steps": record.step,
+        "num_tokens": record.tokens,
+        "num_loss_tokens": record.counted_tokens,
+        "tokens_per_s": record.tokens / record.seconds if record.seconds else None,
+        "seconds": record.seconds,
+        "losses": record.losses,
+        "held_out": record.held_out,
+        "held_out_tokens": measured.num_tokens,
+        "chosen_step": chosen_step,
+        "best_step": record.best_step,
+        "padding_efficiency": record.padding_efficiency,
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
+        "device": device.type,
+        "held_out_corpus": held.sources[0],
+        "hyperparameters": {**asdict(settings), **method.options},
+        **data.report,
+        "notes": [*data.notes, *held.notes, *notes, *adapter_notes, choice],
+    }
+
+
+def _remedies(settings: PostSettings) -> list[str]:
+    remedies = ["halve batch_tokens or batch_size and double gradient_accumulation_steps"]
+    return remedies if settings.gradient_checkpointing else [*remedies, "set gradient_checkpointing: true"]

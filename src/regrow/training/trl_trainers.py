@@ -1,0 +1,81 @@
+"""TRL's trainers, fed with rows that are encoded already and batches that are planned. Imports TRL."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
+from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
+
+_PAD = 0  # whatever the tokenizer says: the masks keep it out of everything
+REFERENCE = "ref"
+
+
+class _Planned:
+    """What both trainers do differently from TRL's: planned batches, and nothing is sent anywhere."""
+
+    plan: Sequence[tuple[int, ...]] = ()
+    train_dataset: Any
+    data_collator: Any
+
+    def get_train_dataloader(self) -> DataLoader[Any]:
+        """The planned micro-batches in their order."""
+        return DataLoader(self.train_dataset, batch_sampler=self.plan, collate_fn=self.data_collator)  # type: ignore[arg-type]
+
+    def _send_telemetry(self) -> None:
+        """TRL would report the run to the Hub."""
+
+
+class PlannedSft(_Planned, SFTTrainer):
+    """Columns `input_ids` and `labels` (-100 where a token does not count) per row."""
+
+
+class PlannedDpo(_Planned, DPOTrainer):
+    """Columns `prompt_ids`, `chosen_ids`, `rejected_ids` per pair."""
+
+    def _prepare_dataset(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:
+        """The rows are tokens already."""
+        return dataset
+
+
+def sft_trainer(model: Any, tokenizer: Any, args: Any, columns: dict[str, Any], callback: Any) -> Any:
+    """An SFTTrainer for a PEFT model; the loss is the mean over the labelled tokens of a whole step."""
+    trainer = PlannedSft(
+        model=model,
+        args=args,
+        data_collator=DataCollatorForLanguageModeling(pad_token_id=_PAD),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    return _quiet(trainer)
+
+
+def dpo_trainer(model: Any, tokenizer: Any, args: Any, columns: dict[str, Any], callback: Any) -> Any:
+    """A DPOTrainer for a PEFT model whose reference is the same model with its adapters off."""
+    trainer = PlannedDpo(
+        model=model,
+        args=args,
+        data_collator=DataCollatorForPreference(pad_token_id=_PAD),
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
+    # TRL keeps a copy of a PEFT model's adapters as the reference. Fresh adapters add nothing, so the model
+    # without any is the same reference; TRL takes it where there is no such copy.
+    if REFERENCE in model.peft_config:
+        model.delete_adapter(REFERENCE)
+    return _quiet(trainer)
+
+
+def _quiet(trainer: Any) -> Any:
+    """No prints; TensorBoard's files in the run's work folder."""
+    trainer.remove_callback(PrinterCallback)
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(Path(str(trainer.args.output_dir)) / "logs")
+    return trainer
