@@ -4,14 +4,16 @@
     python benchmarks/make_qwen3_5_4b.py PARENT            # 9.3 GB of random weights in the real shape
     python benchmarks/calibration.py --large PARENT        # minutes per layer, memory (some layers only)
 
-The overhead compares passes over the same batches in turn, best of the repeats. The large run calibrates
-the first layers of the parent (three linear-attention layers, one full-attention) in a process of its own,
-prunes and refits them, and extrapolates to all layers; the JSON line says which figures are extrapolated.
+The overhead compares passes over the same batches in turn, median of the ratios within a repeat. The large
+run calibrates the first layers of the parent (three linear-attention layers, one full-attention) in a process
+of its own, prunes and refits them, and extrapolates to all layers; the JSON line says which figures are
+extrapolated.
 """
 
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -101,13 +103,22 @@ def overhead(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "sums": lambda: counted(False),
         "correlations": lambda: counted(True),
     }
-    seconds = {name: min(way() for _ in range(options.repeats)) for name, way in ways.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(options.repeats):
+        for name, way in ways.items():
+            seconds[name].append(round(way(), 3))
+            print(f"{name}: {seconds[name][-1]} s", file=sys.stderr, flush=True)
+
+    def overhead_of(name: str) -> float:
+        pairs = zip(seconds[name], seconds["plain"], strict=True)
+        return round(statistics.median(counted / plain for counted, plain in pairs), 3)
+
     return {
         "model": options.model,
         "tokens": options.tokens,
-        "seconds": {name: round(value, 3) for name, value in seconds.items()},
-        "overhead_sums": round(seconds["sums"] / seconds["plain"], 3),
-        "overhead_correlations": round(seconds["correlations"] / seconds["plain"], 3),
+        "seconds": seconds,
+        "overhead_sums": overhead_of("sums"),
+        "overhead_correlations": overhead_of("correlations"),
         "target_sums": 1.15,
         "target_correlations": 1.8,
     }
@@ -236,7 +247,7 @@ def _arguments() -> argparse.Namespace:
     add("--model", default="builtin:smollm2-135m-instruct")
     add("--tokens", type=int, default=16_384)
     add("--length", type=int, default=512)
-    add("--repeats", type=int, default=3)
+    add("--repeats", type=int, default=5)
     add("--threads", type=int, default=torch.get_num_threads())
     add("--large", help="folder of make_qwen3_5_4b.py")
     add("--large-tokens", type=int, nargs="+", default=[2_048, 8_192])
