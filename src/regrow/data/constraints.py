@@ -20,7 +20,6 @@ from regrow.data.punkt import require_punkt
 from regrow.errors import UserError
 
 _RELATIONS = ("less than", "at least")
-_THINKING = re.compile(r"^.*</think>\s*", flags=re.DOTALL)
 
 # Arguments of every kind of constraint: name -> type. An argument that is absent would be drawn at random by
 # the checker, so all of them are required.
@@ -118,11 +117,6 @@ def check_response(
     with _seeded(seed):
         loose = checkers.test_instruction_following_loose(example, response).follow_instruction_list
     return Verdict([bool(item) for item in strict], [bool(item) for item in loose])
-
-
-def visible(text: str) -> str:
-    """An answer without its thinking block: what a person reads and a checker judges."""
-    return _THINKING.sub("", text)
 
 
 def validate_constraints(

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from regrow.data.constraints import Verdict, check_response, visible
+from regrow.data.constraints import Verdict, answer_of, check_response
 from regrow.synthesis.prompts import Prompt
 
 Message = dict[str, str]
@@ -123,7 +123,7 @@ def _verdict(prompt: Prompt, messages: list[Message]) -> Verdict | None:
         return None
     return check_response(
         prompt.turns[-1],
-        visible(messages[-1]["content"]),
+        answer_of(messages[-1]["content"], thinking=False),
         prompt.instruction_ids,
         prompt.kwargs,
         row=f"prompt {prompt.id}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from regrow.data.constrained import ConstrainedRow
-from regrow.data.constraints import check_response, require_checkers, visible
+from regrow.data.constraints import answer_of, check_response, require_checkers
 from regrow.data.corpora import Example
 from regrow.data.templates import Encoded, tokenize_example, turn_end_ids
 from regrow.errors import RunError, UserError
@@ -167,11 +167,8 @@ def load_or_make_pairs(
 
 
 def judge(row: ConstrainedRow, answer: str, *, thinking: bool) -> list[bool]:
-    """Which of a row's constraints an answer follows (strict).
-
-    Where thinking was asked for and its block never ends, nothing was answered.
-    """
-    text = visible(answer) if not thinking or "</think>" in answer else ""
+    """Which of a row's constraints an answer follows (strict); see `answer_of`."""
+    text = answer_of(answer, thinking=thinking)
     return check_response(
         row.prompt[-1]["content"], text, row.instruction_ids, row.kwargs, row=row.where
     ).strict

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from regrow.data.constraints import visible
+from regrow.data.constraints import answer_of
 from regrow.synthesis.answers import Decoding, answer_block
 from regrow.synthesis.prompts import make_prompt
 
@@ -127,8 +127,8 @@ def test_the_checker_does_not_see_the_thinking():
     (row,) = run([no_comma()], Stub(lambda c, d: Reply("well, hm, yes</think>\n\nDone.")))
     assert row["meta"]["follow_strict"] == [True]
     assert row["messages"][-1]["content"].startswith("well, hm")
-    assert visible("<think>\n\n</think>\n\nText") == "Text"
-    assert visible("No block.") == "No block."
+    assert answer_of("<think>\n\n</think>\n\nText", thinking=False) == "Text"
+    assert answer_of("No block.", thinking=False) == "No block."
 
 
 def test_greedy_is_temperature_zero():
