@@ -78,8 +78,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--layers", type=int, help="only the first so many of the 32 layers")
     arguments = parser.parse_args()
-    total = make_checkpoint(arguments.folder, json.loads(CONFIG.read_text()), arguments.seed)
+    config = json.loads(CONFIG.read_text())
+    if arguments.layers:
+        text = config["text_config"]
+        text["num_hidden_layers"] = arguments.layers
+        text["layer_types"] = text["layer_types"][: arguments.layers]
+    total = make_checkpoint(arguments.folder, config, arguments.seed)
     print(json.dumps({"folder": arguments.folder.name, "tensor_bytes": total}))
 
 
