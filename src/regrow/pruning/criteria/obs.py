@@ -120,6 +120,7 @@ def _damped_inverse(covariance_FF: Tensor, damping: float) -> Tensor:
         # The floor keeps an all-zero covariance (a layer that never fired) invertible.
         H_FF.diagonal().add_(max(damping * mean, 1e-30))
         factor_FF, info = torch.linalg.cholesky_ex(H_FF)
+        del H_FF  # at F = 9216 each of these takes 680 MB
         if not int(info):
             return torch.cholesky_inverse(factor_FF)
         damping *= 10
