@@ -28,7 +28,7 @@ from regrow.training.development import DevelopmentSet
 from regrow.training.held_out import HeldOut
 from regrow.training.memory import memory_errors, peak_memory_bytes
 from regrow.training.record import RunRecord
-from regrow.training.rollouts import Rollouts
+from regrow.training.rollouts import Rollouts, require_prompts
 from regrow.training.rows import Plan, RunBatches, plan_held_out, plan_run, usable_rows
 from regrow.training.settings import CorpusSpec, TrainingSettings
 from regrow.training.student import HiddenStates, load_dtype, share_frozen
@@ -96,6 +96,20 @@ def run_training(
     held_rows, held_notes = usable_rows(held.rows, settings.tokens, "held-out text")
     notes = [*corpus.notes, *held.notes, *row_notes, *held_notes]
 
+    if settings.on_policy_fraction:
+        require_prompts(rows)
+    development = None
+    if settings.select_by == "development":
+        development = DevelopmentSet(
+            settings.development_prompts,
+            tokenizer,
+            limit=settings.development_limit,
+            max_new_tokens=settings.development_tokens,
+            enable_thinking=settings.enable_thinking,
+            rank=args.process_index,
+            world_size=args.world_size,
+        )
+
     identity = {
         "method": method.name,
         **method.options,
@@ -155,17 +169,6 @@ def run_training(
                 max_new_tokens=settings.rollout_tokens,
                 temperature=settings.rollout_temperature,
                 seed=settings.seed,
-                rank=args.process_index,
-                world_size=args.world_size,
-            )
-        development = None
-        if settings.select_by == "development":
-            development = DevelopmentSet(
-                settings.development_prompts,
-                tokenizer,
-                limit=settings.development_limit,
-                max_new_tokens=settings.development_tokens,
-                enable_thinking=settings.enable_thinking,
                 rank=args.process_index,
                 world_size=args.world_size,
             )

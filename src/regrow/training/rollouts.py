@@ -35,9 +35,6 @@ class Rollouts:
         max_new_tokens, temperature: how the student writes; temperature 0 is greedy.
         seed: which batches, and the sampling.
         rank, world_size: each process writes and keeps those of its own micro-batches.
-
-    Raises:
-        UserError: no row has a prompt and a response.
     """
 
     def __init__(
@@ -66,10 +63,6 @@ class Rollouts:
         self._end = (turn_end_ids(tokenizer) or end_token_ids(tokenizer))[:1]
         self._window = -1
         self._written: dict[int, list[Encoded]] = {}
-        if not any(prompt_length(row) for row in rows):
-            raise UserError(
-                "on_policy_fraction needs a corpus of conversations; it holds no prompt with a response."
-            )
 
     def chosen(self, position: int) -> bool:
         """Whether the student writes the micro-batch at this place of the plan."""
@@ -142,6 +135,16 @@ class Rollouts:
                 row = Encoded([*ids, *tokens], [False] * len(ids) + [True] * len(tokens))
                 written.setdefault(position, []).append(row)
         return written
+
+
+def require_prompts(rows: Sequence[Encoded]) -> None:
+    """Raises:
+    UserError: no row has a prompt and a response.
+    """
+    if not any(prompt_length(row) for row in rows):
+        raise UserError(
+            "on_policy_fraction needs a corpus of conversations; it holds no prompt with a response."
+        )
 
 
 def prompt_length(row: Encoded) -> int:

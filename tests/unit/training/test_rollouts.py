@@ -88,9 +88,14 @@ def test_fraction_is_kept_on_the_average(model, tmp_path):
     assert not any(rollouts(model, tmp_path, fraction=0.0).chosen(p) for p in range(50))
 
 
-def test_text_without_prompts_is_refused(model, tmp_path):
-    with pytest.raises(UserError, match="needs a corpus of conversations"):
-        rollouts(model, tmp_path, rows=[Encoded([1, 2, 3], [True] * 3)])
+def test_text_without_prompts_is_refused_before_anything_is_written(tmp_path):
+    case = make_case(tmp_path)
+    (tmp_path / "plain.jsonl").write_text('{"text": "no prompt, no response"}')
+    case["corpora"] = [(str(tmp_path / "plain.jsonl"), "train", 1.0, None)]
+    settings = QUICK | {"on_policy_fraction": 0.5}
+    with pytest.raises(UserError, match="no prompt with a response"):
+        distill(**case, out=tmp_path / "out", work_dir=tmp_path / "work", **settings)
+    assert not (tmp_path / "work").exists()
 
 
 def test_on_policy_training_learns(tmp_path):
