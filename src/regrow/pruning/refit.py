@@ -95,10 +95,8 @@ def refit_down(
     removed_P = removed_channels(kept_K, down_DF.shape[1])
     if scale <= 0 or (not len(removed_P) and shift is None):
         return Refit(plain_DK, None, before, before, None, {})
-    count = max(num_tokens, 1)
-    problem = _Problem(
-        down_DF, kept_K, removed_P, gram_FF / count, None if shift is None else shift.cross_DF / count
-    )
+    cross_DF = None if shift is None else shift.cross_DF
+    problem = _Problem(down_DF, kept_K, removed_P, gram_FF, cross_DF, max(num_tokens, 1))
 
     best: tuple[float, float, Tensor, float] | None = None
     tried: dict[float, float] = {}
@@ -160,33 +158,37 @@ def output_error(
 
 
 class _Problem:
-    """The normal equations of one layer, factorised once per ridge in float64."""
+    """The normal equations of one layer, factorised once per ridge in float64.
+
+    At F = 9216 a matrix takes 680 MB, so there are only two at a time: C_SS and its factor.
+    """
 
     def __init__(
         self,
         down_DF: Tensor,
         kept_K: Tensor,
         removed_P: Tensor,
-        covariance_FF: Tensor,
+        gram_FF: Tensor,
         cross_DF: Tensor | None,
+        count: int,
     ) -> None:
         self._kept_DK = down_DF[:, kept_K].double()
-        self._C_KK = covariance_FF[kept_K][:, kept_K].double()
-        self._mean = float(covariance_FF.diagonal().mean(dtype=torch.float64))
-        C_KP = covariance_FF[kept_K][:, removed_P].double()
+        self._C_KK = gram_FF[kept_K[:, None], kept_K].double().div_(count)
+        self._diagonal_K = self._C_KK.diagonal().clone()
+        self._mean = float(gram_FF.diagonal().mean(dtype=torch.float64)) / count
+        C_KP = gram_FF[kept_K[:, None], removed_P].double().div_(count)
         removed_DP = down_DF[:, removed_P].double()
         # Solve for whichever is narrower: the P removed channels or the D outputs.
         self._few_channels = cross_DF is None and removed_DP.shape[1] < removed_DP.shape[0]
         self._removed_DP = removed_DP
         self._right = C_KP if self._few_channels else C_KP @ removed_DP.T
         if cross_DF is not None:
-            self._right = self._right + cross_DF[:, kept_K].T.double()
+            self._right = self._right + cross_DF[:, kept_K].T.double().div_(count)
 
     def solve(self, rho: float) -> tuple[Tensor, float]:
         """Weights [D, K] in fp32 and the condition estimate; infinite where the factorisation fails."""
-        damped_KK = self._C_KK.clone()
-        damped_KK.diagonal().add_(rho * self._mean)
-        factor_KK, info = torch.linalg.cholesky_ex(damped_KK)
+        torch.add(self._diagonal_K, rho * self._mean, out=self._C_KK.diagonal())
+        factor_KK, info = torch.linalg.cholesky_ex(self._C_KK)
         if int(info):
             return torch.full_like(self._kept_DK, torch.inf, dtype=torch.float32), float("inf")
         pivots_K = factor_KK.diagonal()
