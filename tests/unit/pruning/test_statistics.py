@@ -6,10 +6,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
 from regrow.errors import UserError
+from regrow.pruning.accumulate import channel_sums
 from regrow.pruning.statistics import Statistics, merge_statistics, open_statistics, site_layout
 
 SITES = ("layers.0", "mtp.layers.0")
@@ -148,3 +150,15 @@ def test_damaged_files_are_refused_in_one_sentence(tmp_path: Path) -> None:
     write(path, 0, schema=99)
     with pytest.raises(UserError, match="schema"):
         Statistics(path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_tokens", [0, 1, 255, 256, 257, 700])
+def test_channel_sums_are_those_of_fp64_whatever_the_blocks_and_leave_their_input_alone(num_tokens, dtype):
+    x_TX = torch.randn(num_tokens, 7, generator=torch.Generator().manual_seed(0)).to(dtype) - 0.3
+    before_TX, exact_TX = x_TX.clone(), x_TX.double()
+    expected = torch.stack([exact_TX.square().sum(0), exact_TX.abs().sum(0), exact_TX.sum(0)])
+    found = channel_sums(x_TX)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-4)
+    assert torch.equal(x_TX, before_TX)
