@@ -227,115 +227,42 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command()
-def distill(
-    student: Student,
-    teacher: Teacher,
-    corpus: CorpusFiles,
-    held_out: HeldOut,
-    steps: Steps,
-    out: Out,
-    settings: Set = None,
-) -> None:
-    """Distil a pruned model from its parent; --set takes the keys of a recipe's distill."""
-    from regrow.training.distill import distill as distill_model
+def _training_verb(stage: str, what: str) -> None:
+    """Add a training verb: the same checks and defaults as a recipe's, through a recipe of one stage."""
 
-    _train("distill", distill_model, student, teacher, corpus, held_out, steps, out, settings)
+    @app.command(stage, help=f"{what}; --set takes the keys of a recipe's {stage}.")
+    def train(
+        student: Student,
+        teacher: Teacher,
+        corpus: CorpusFiles,
+        held_out: HeldOut,
+        steps: Steps,
+        out: Out,
+        settings: Set = None,
+    ) -> None:
+        from regrow.files import require_new_folder
+        from regrow.modeling.sources import resolve_model
+        from regrow.stages import train_once
 
-
-@app.command()
-def recover(
-    student: Student,
-    teacher: Teacher,
-    corpus: CorpusFiles,
-    held_out: HeldOut,
-    steps: Steps,
-    out: Out,
-    settings: Set = None,
-) -> None:
-    """Train LoRA with the distillation loss and merge it; --set takes the keys of a recipe's recover."""
-    from regrow.training.recover import recover as recover_model
-
-    _train("recover", recover_model, student, teacher, corpus, held_out, steps, out, settings)
-
-
-@app.command()
-def finish(
-    student: Student,
-    teacher: Teacher,
-    corpus: CorpusFiles,
-    held_out: HeldOut,
-    steps: Steps,
-    out: Out,
-    settings: Set = None,
-) -> None:
-    """Distil on the student's own answers, judged by its parent; --set takes keys of a recipe's finish."""
-    from regrow.training.distill import distill as distill_model
-
-    _train("finish", distill_model, student, teacher, corpus, held_out, steps, out, settings)
+        require_new_folder(out)
+        report = train_once(
+            stage,
+            student=resolve_model(student),
+            teacher=resolve_model(teacher),
+            corpora=corpus,
+            held_out=held_out,
+            steps=steps,
+            out=out,
+            overrides=settings or [],
+        )
+        _emit(report, False, _lines)
 
 
-@app.command()
-def sft(
-    student: Student,
-    teacher: Teacher,
-    corpus: CorpusFiles,
-    held_out: HeldOut,
-    steps: Steps,
-    out: Out,
-    settings: Set = None,
-) -> None:
-    """Fine-tune LoRA on the corpus' answers and merge it; --set takes the keys of a recipe's sft."""
-    from regrow.training.sft import sft as finetune
-
-    _train("sft", finetune, student, teacher, corpus, held_out, steps, out, settings)
-
-
-@app.command()
-def dpo(
-    student: Student,
-    teacher: Teacher,
-    corpus: CorpusFiles,
-    held_out: HeldOut,
-    steps: Steps,
-    out: Out,
-    settings: Set = None,
-) -> None:
-    """Tune LoRA on preferences that checkers decide and merge it; --set takes the keys of a recipe's dpo."""
-    from regrow.training.dpo import dpo as tune_preferences
-
-    _train("dpo", tune_preferences, student, teacher, corpus, held_out, steps, out, settings)
-
-
-def _train(
-    stage: str,
-    function: Any,
-    student: str,
-    teacher: str,
-    corpus: list[str],
-    held_out: str,
-    steps: int,
-    out: Path,
-    settings: list[str] | None,
-) -> None:
-    """All training verbs: the same checks and defaults as a recipe's, through a recipe of one stage."""
-    from regrow.files import require_new_folder
-    from regrow.modeling.sources import resolve_model
-    from regrow.stages import train_once
-
-    require_new_folder(out)
-    report = train_once(
-        stage,
-        function,
-        student=resolve_model(student),
-        teacher=resolve_model(teacher),
-        corpora=corpus,
-        held_out=held_out,
-        steps=steps,
-        out=out,
-        overrides=settings or [],
-    )
-    _emit(report, False, _lines)
+_training_verb("distill", "Distil a pruned model from its parent")
+_training_verb("recover", "Train LoRA with the distillation loss and merge it")
+_training_verb("finish", "Distil on the student's own answers, judged by its parent")
+_training_verb("sft", "Fine-tune LoRA on the corpus' answers and merge it")
+_training_verb("dpo", "Tune LoRA on preferences that checkers decide and merge it")
 
 
 @app.command()

@@ -4,6 +4,7 @@ This is the only place that unpacks a recipe: the functions it calls take flat k
 stage writes into a folder that the runner publishes when the function returns.
 """
 
+import importlib
 import os
 import shutil
 from collections.abc import Callable
@@ -144,39 +145,26 @@ def _train(
     )
 
 
-def _distill(context: Context) -> dict[str, Any]:
-    from regrow.training.distill import distill
-
-    assert context.recipe.distill is not None
-    return _train(context, distill, context.recipe.distill, context.student("distill"), context.out / "model")
-
-
-def _recover(context: Context) -> dict[str, Any]:
-    from regrow.training.recover import recover
-
-    assert context.recipe.recover is not None
-    return _train(context, recover, context.recipe.recover, context.student("recover"), context.out / "model")
+def training_function(stage: str) -> Callable[..., dict[str, Any]]:
+    """The leaf function of a training stage."""
+    module, name = _TRAINING[stage]
+    return getattr(importlib.import_module(f"regrow.training.{module}"), name)
 
 
-def _finish(context: Context) -> dict[str, Any]:
-    from regrow.training.distill import distill
+def _training(stage: str) -> Callable[[Context], dict[str, Any]]:
+    """A training stage: its section of the recipe, on the newest model before it."""
 
-    assert context.recipe.finish is not None
-    return _train(context, distill, context.recipe.finish, context.student("finish"), context.out / "model")
+    def run(context: Context) -> dict[str, Any]:
+        section = getattr(context.recipe, stage)
+        return _train(
+            context, training_function(stage), section, context.student(stage), context.out / "model"
+        )
 
-
-def _sft(context: Context) -> dict[str, Any]:
-    from regrow.training.sft import sft
-
-    assert context.recipe.sft is not None
-    return _train(context, sft, context.recipe.sft, context.student("sft"), context.out / "model")
+    return run
 
 
 def _dpo(context: Context) -> dict[str, Any]:
-    from regrow.training.dpo import dpo
-
-    assert context.recipe.dpo is not None
-    report = _train(context, dpo, context.recipe.dpo, context.student("dpo"), context.out / "model")
+    report = _training("dpo")(context)
     shutil.copy2(context.work / "pairs.jsonl", context.out)
     return report
 
@@ -264,7 +252,6 @@ def link_model(source: Path, folder: Path) -> None:
 
 def train_once(
     stage: str,
-    function: Callable[..., dict[str, Any]],
     *,
     student: Path,
     teacher: Path,
@@ -278,7 +265,6 @@ def train_once(
 
     Args:
         stage: a training stage of the table.
-        function: the stage's leaf function.
         student, teacher: local model folders.
         corpora, held_out: sources as in a recipe.
         steps: optimiser steps.
@@ -289,7 +275,7 @@ def train_once(
     work = out.with_name(f".{out.name}.work")
     context = Context(recipe, teacher, out.parent, work, out.parent, {})
     section = getattr(recipe, stage)
-    report = _train(context, function, section, student, out)
+    report = _train(context, training_function(stage), section, student, out)
     shutil.rmtree(work, ignore_errors=True)
     return report
 
@@ -312,6 +298,13 @@ def one_stage_recipe(
     return parse_recipe(value, f"regrow {stage}")
 
 
+_TRAINING = {
+    "distill": ("distill", "distill"),
+    "recover": ("recover", "recover"),
+    "finish": ("distill", "distill"),
+    "sft": ("sft", "sft"),
+    "dpo": ("dpo", "dpo"),
+}
 MODEL_STAGES = ("prune", "distill", "recover", "finish", "sft", "dpo")
 _RECORDS = Path("stages/evaluate/records")
 MODEL_NAMES = {
@@ -339,28 +332,28 @@ STAGES: tuple[Stage, ...] = (
         "distill",
         ("prune",),
         ("distill", "held_out", *_DATA),
-        _distill,
+        _training("distill"),
         lambda recipe: recipe.distill is not None,
     ),
     Stage(
         "recover",
         ("prune", "distill"),
         ("recover", "held_out", *_DATA),
-        _recover,
+        _training("recover"),
         lambda recipe: recipe.recover is not None,
     ),
     Stage(
         "finish",
         ("prune", "distill", "recover"),
         ("finish", "held_out", *_DATA),
-        _finish,
+        _training("finish"),
         lambda recipe: recipe.finish is not None,
     ),
     Stage(
         "sft",
         ("prune", "distill", "recover", "finish"),
         ("sft", "held_out", *_DATA),
-        _sft,
+        _training("sft"),
         lambda recipe: recipe.sft is not None,
     ),
     Stage(

@@ -1,7 +1,8 @@
-"""The run's settings in the words of `transformers.TrainingArguments`."""
+"""A run's settings in the words of `transformers.TrainingArguments` and the configs that extend it."""
 
 import math
 from pathlib import Path
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -18,8 +19,32 @@ def training_arguments(settings: TrainingSettings, work_dir: Path) -> TrainingAr
     Raises:
         UserError: an optimiser or tracker is unknown or not installed.
     """
+    return arguments_of(
+        TrainingArguments,
+        settings,
+        work_dir,
+        eval_strategy="steps",
+        eval_steps=settings.eval_steps or settings.interval,
+        save_strategy="steps",
+        save_steps=settings.save_steps or settings.interval,
+        bf16=False,
+    )
+
+
+def arguments_of(config: Any, settings: Any, work_dir: Path, **own: Any) -> Any:
+    """What the arguments of every trainer have in common.
+
+    Args:
+        config: `transformers.TrainingArguments` or a class that extends it.
+        settings: `TrainingSettings` or `PostSettings`.
+        work_dir: the run's work folder.
+        own: further arguments.
+
+    Raises:
+        UserError: an optimiser or tracker is unknown or not installed.
+    """
     try:
-        args = TrainingArguments(
+        args = config(
             output_dir=str(work_dir),
             max_steps=settings.max_steps,
             learning_rate=settings.learning_rate,
@@ -30,21 +55,17 @@ def training_arguments(settings: TrainingSettings, work_dir: Path) -> TrainingAr
             optim=settings.optimizer,
             per_device_train_batch_size=1,
             gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            eval_strategy="steps",
-            eval_steps=settings.eval_steps or settings.interval,
-            save_strategy="steps",
-            save_steps=settings.save_steps or settings.interval,
             logging_strategy="steps",
             logging_steps=settings.logging_steps,
             logging_nan_inf_filter=False,
             report_to=list(settings.report_to) or ["none"],
             seed=settings.seed,
             use_cpu=settings.device == "cpu",
-            bf16=False,
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,
             log_level="error",
+            **own,
         )
     except (ValueError, ImportError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.metadata
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,6 +9,7 @@ from typing import Any, Literal
 from packaging.version import Version
 
 from regrow.errors import UserError
+from regrow.training.arguments import arguments_of
 from regrow.training.lora import DEFAULT_TARGETS
 
 _TRL = "1.16"
@@ -125,42 +125,19 @@ def trl_arguments(config: Any, settings: PostSettings, work_dir: Path, **own: An
     Raises:
         UserError: an optimiser or tracker is unknown or not installed, or several processes were started.
     """
-    try:
-        args = config(
-            output_dir=str(work_dir),
-            max_steps=settings.max_steps,
-            learning_rate=settings.learning_rate,
-            weight_decay=settings.weight_decay,
-            lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(settings.warmup_fraction * settings.max_steps),
-            max_grad_norm=settings.max_grad_norm,
-            optim=settings.optimizer,
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=settings.gradient_accumulation_steps,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            gradient_checkpointing_kwargs={"use_reentrant": False},
-            eval_strategy="no",
-            save_strategy="no",
-            logging_strategy="steps",
-            logging_steps=settings.logging_steps,
-            logging_nan_inf_filter=False,
-            report_to=list(settings.report_to) or ["none"],
-            seed=settings.seed,
-            use_cpu=settings.device == "cpu",
-            bf16=settings.precision == "bf16_mixed",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            log_level="error",
-            max_length=None,
-            router_aux_loss_coef=0.0,  # the routers are frozen
-            **own,
-        )
-    except (ValueError, ImportError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"The trainer refuses these settings: {reason[:200]}.") from None
+    args = arguments_of(
+        config,
+        settings,
+        work_dir,
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        eval_strategy="no",
+        save_strategy="no",
+        bf16=settings.precision == "bf16_mixed",
+        max_length=None,
+        router_aux_loss_coef=0.0,  # the routers are frozen
+        **own,
+    )
     if args.world_size > 1:
         raise UserError("sft and dpo run in one process; start them without torchrun or accelerate launch.")
-    if args.n_gpu > 1:
-        args._n_gpu = 1  # one process uses one GPU
     return args
