@@ -10,11 +10,11 @@ import argparse
 import json
 import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from regrow.data.prompts import read_prompts
 from regrow.modeling.generate import Response, generate_responses
 from regrow.modeling.load import load_model, load_tokenizer, pick_device
 from regrow.modeling.sources import resolve_model
@@ -41,18 +41,19 @@ def lm_eval_backend(model: Any, tokenizer: Any, prompts: list[str], options: arg
     return backend.generate_until(requests, disable_tqdm=True)
 
 
-def read_prompts(path: str, limit: int) -> list[str]:
-    rows = [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
-    step = max(len(rows) // limit, 1)  # spread over the file: neighbours can be alike
-    return [row["prompt"] for row in rows[::step][:limit]]
+def spread_prompts(source: str, limit: int) -> list[str]:
+    prompts = [prompt.text for prompt in read_prompts(source)]
+    step = max(len(prompts) // limit, 1)  # spread over the file: neighbours can be alike
+    return prompts[::step][:limit]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--model", default="builtin:smollm2-135m-instruct")
     parser.add_argument(
-        "--prompts", required=True, help="jsonl with a key prompt, e.g. IFEval's input_data.jsonl"
+        "--prompts", default="builtin:dev", help="as in a recipe: a file, a Hub id, builtin:dev"
     )
+    parser.add_argument("--quick", action="store_true", help="16 prompts, 64 tokens, one round")
     parser.add_argument("--limit", type=int, default=64)
     parser.add_argument("--max-new-tokens", type=int, default=512)
     parser.add_argument("--batch-size", type=int, default=32)
@@ -61,6 +62,8 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int)
     options = parser.parse_args()
+    if options.quick:
+        options.limit, options.max_new_tokens, options.repeats = 16, 64, 1
     if options.threads:
         torch.set_num_threads(options.threads)
 
@@ -71,7 +74,7 @@ def main() -> None:
         tokenizer.apply_chat_template(
             [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
         )
-        for prompt in read_prompts(options.prompts, options.limit)
+        for prompt in spread_prompts(options.prompts, options.limit)
     ]
     runners = {"regrow": ours, "lm_eval": lm_eval_backend}
     generate_responses(
