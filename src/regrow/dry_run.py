@@ -6,7 +6,7 @@ from pathlib import Path
 from regrow.data.corpora import is_local, read_corpus
 from regrow.modeling.sources import resolve_headers
 from regrow.recipe import Corpus, Recipe
-from regrow.runner import check_names, check_width, enabled_stages, plan_run
+from regrow.runner import check_names, check_stages, check_width, enabled_stages, plan_run
 from regrow.stages import MODEL_STAGES
 
 
@@ -34,7 +34,9 @@ def describe_run(
     yield from (f"note: {note}" for note in pruned.get("notes", []))
     for label, corpus in [*(("corpus", corpus) for corpus in recipe.corpora), ("held-out", recipe.held_out)]:
         yield f"{label}: {_describe_corpus(corpus)}"
-    for step in plan_run(recipe, run_dir, start=start, until=until):
+    steps = plan_run(recipe, run_dir, start=start, until=until)
+    check_stages(steps, recipe)
+    for step in steps:
         yield f"{step.stage.name}: {step.action}"
     models = sum(stage.name in MODEL_STAGES for stage in enabled_stages(recipe))
     gigabytes = models * pruned["weight_bytes"] / 1e9

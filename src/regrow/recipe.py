@@ -64,6 +64,19 @@ class Prune(Section):
         return self
 
 
+def contradiction(section: Any) -> str | None:
+    """What two settings of a training section cannot both mean, as a sentence, or None.
+
+    Args:
+        section: a `Training` section or settings with the same names.
+    """
+    if section.patience is not None and section.select_by == "last":
+        return "patience needs something to wait for; set select_by, or leave patience out"
+    if section.teacher_mode == "cached" and section.on_policy_fraction:
+        return "on_policy_fraction needs a live teacher; set teacher_mode: live"
+    return None
+
+
 class Training(Section):
     """What distillation and recovery have in common."""
 
@@ -99,6 +112,13 @@ class Training(Section):
     refresh_steps: Positive = 50
     rollout_tokens: Positive = 128
     rollout_temperature: Annotated[float, Field(gt=0)] = 1.0
+    rollout_batch_size: Positive = 32
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> "Training":
+        if problem := contradiction(self):
+            raise ValueError(problem)
+        return self
 
 
 class Distill(Training):
@@ -132,7 +152,7 @@ class Finish(Distill):
     """
 
     loss: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl"] = "jsd"
-    on_policy_fraction: Fraction = 1.0
+    on_policy_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     learning_rate: Annotated[float, Field(gt=0)] = 1e-5
     select_by: Literal["held_out_kl", "development", "last"] = "development"
 

@@ -63,6 +63,7 @@ def run_recipe(
     parent = resolve_model(recipe.model, recipe.revision)
     check_width(recipe, parent)
     steps = plan_run(recipe, run_dir, start=start, until=until)
+    check_stages(steps, recipe)
     # All manifests before any work or file: a bad corpus or a mismatch is said now, not after hours.
     manifests = _manifests(recipe, parent, [step.stage for step in steps])
     for step in steps:
@@ -94,6 +95,18 @@ def check_width(recipe: Recipe, parent: Path) -> dict[str, Any]:
     from regrow.pruning.inspect import inspect_checkpoint
 
     return inspect_checkpoint(parent, width=recipe.prune.width)
+
+
+def check_stages(steps: list[Step], recipe: Recipe) -> None:
+    """Refuse now what a stage that will run would refuse when it is reached.
+
+    Raises:
+        UserError: a package, prompts or constraints are missing.
+    """
+    for step in steps:
+        if step.action != "skip":
+            step.stage.check(recipe)
+            step.stage.also(recipe)
 
 
 def plan_run(

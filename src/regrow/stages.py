@@ -5,6 +5,7 @@ stage writes into a folder that the runner publishes when the function returns.
 """
 
 import importlib
+import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow.data.corpora import is_local
+from regrow.errors import UserError
 from regrow.files import publish_folder, write_json
 from regrow.recipe import Corpus, Post, Recipe, Training, apply_override, parse_recipe
 
@@ -57,6 +60,7 @@ class Stage:
         run: the function; writes into `context.out` and returns a report of JSON values.
         enabled: whether a recipe asks for it.
         also: what else of the recipe its result depends on, hashed as well.
+        check: refuses now what would fail when the stage is reached (raises `UserError`).
     """
 
     name: str
@@ -65,6 +69,7 @@ class Stage:
     run: Callable[[Context], dict[str, Any]]
     enabled: Callable[[Recipe], bool] = lambda recipe: True
     also: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
+    check: Callable[[Recipe], None] = lambda recipe: None
 
 
 def needs_statistics(criterion: str, refit: bool) -> bool:
@@ -167,6 +172,55 @@ def _dpo(context: Context) -> dict[str, Any]:
     report = _training("dpo")(context)
     shutil.copy2(context.work / "pairs.jsonl", context.out)
     return report
+
+
+def _development(stage: str) -> Callable[[Recipe], dict[str, Any]]:
+    """The prompts by which a training stage chooses its weights, where it does so."""
+
+    def prompts(recipe: Recipe) -> dict[str, Any]:
+        section = getattr(recipe, stage)
+        if section.select_by != "development":
+            return {}
+        from regrow.data.prompts import hash_prompts, read_prompts
+
+        chosen = read_prompts(section.development_prompts, limit=section.development_limit)
+        return {"development": hash_prompts(chosen)}
+
+    return prompts
+
+
+def _require_package(name: str, what: str, remedy: str) -> None:
+    if importlib.util.find_spec(name) is None:
+        raise UserError(f"{what} needs {name}, which is not installed; {remedy}.")
+
+
+def _check_post(stage: str) -> Callable[[Recipe], None]:
+    return lambda recipe: _require_package("trl", f"The stage {stage}", "run pip install 'regrow[post]'")
+
+
+def _check_dpo(recipe: Recipe) -> None:
+    from regrow.data.constrained import constrained_rows
+
+    assert recipe.dpo is not None
+    _check_post("dpo")(recipe)
+    found = len(constrained_rows(corpus_specs(recipe.corpora)))
+    if found < recipe.dpo.min_pairs:
+        raise UserError(
+            f"The corpora hold {found} prompts with constraints and dpo needs {recipe.dpo.min_pairs} pairs "
+            "(min_pairs); write more with regrow synthesize --constraint-share, or leave dpo out."
+        )
+
+
+def _check_evaluate(recipe: Recipe) -> None:
+    if "ifeval" not in recipe.evaluate.benchmarks:
+        return
+    if recipe.evaluate.ifeval.engine == "vllm":
+        _require_package("vllm", "The engine vllm", "run pip install vllm, or use engine: transformers")
+    prompts = recipe.evaluate.ifeval.prompts
+    if is_local(prompts):
+        from regrow.data.prompts import read_prompts
+
+        read_prompts(prompts, limit=recipe.evaluate.ifeval.limit)
 
 
 def _constraints(recipe: Recipe) -> dict[str, Any]:
@@ -334,6 +388,7 @@ STAGES: tuple[Stage, ...] = (
         ("distill", "held_out", *_DATA),
         _training("distill"),
         lambda recipe: recipe.distill is not None,
+        _development("distill"),
     ),
     Stage(
         "recover",
@@ -341,6 +396,7 @@ STAGES: tuple[Stage, ...] = (
         ("recover", "held_out", *_DATA),
         _training("recover"),
         lambda recipe: recipe.recover is not None,
+        _development("recover"),
     ),
     Stage(
         "finish",
@@ -348,6 +404,7 @@ STAGES: tuple[Stage, ...] = (
         ("finish", "held_out", *_DATA),
         _training("finish"),
         lambda recipe: recipe.finish is not None,
+        _development("finish"),
     ),
     Stage(
         "sft",
@@ -355,6 +412,7 @@ STAGES: tuple[Stage, ...] = (
         ("sft", "held_out", *_DATA),
         _training("sft"),
         lambda recipe: recipe.sft is not None,
+        check=_check_post("sft"),
     ),
     Stage(
         "dpo",
@@ -363,7 +421,8 @@ STAGES: tuple[Stage, ...] = (
         _dpo,
         lambda recipe: recipe.dpo is not None,
         _constraints,
+        _check_dpo,
     ),
-    Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate),
+    Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate, check=_check_evaluate),
     Stage("report", (*MODEL_STAGES, "evaluate"), ("name", "report"), _report),
 )

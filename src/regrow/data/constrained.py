@@ -71,7 +71,7 @@ def _constrained(example: Example) -> ConstrainedRow | None:
         where=where,
         prompt=example.messages[:-1],
         answer=example.messages[-1]["content"],
-        finished=bool(meta.get("finished", True)),
+        finished=meta.get("finished") is not False,
         instruction_ids=list(kinds),
         kwargs=kwargs,
     )

@@ -83,14 +83,29 @@ def corpus_health(rows: Iterable[Row]) -> dict[str, Any]:
 def corpus_problems(corpus: Corpus) -> list[str]:
     """What `corpus_health` finds wrong with a corpus that records how its answers came about.
 
-    A corpus whose rows carry no `meta` is not judged.
+    Only conversations whose `meta` is like that of `regrow synthesize` are judged.
     """
     rows = [
-        {"messages": example.messages, "meta": example.provenance["meta"]}
+        {"messages": example.messages, "meta": meta}
         for example in corpus.examples
-        if isinstance(example.provenance.get("meta"), dict)
+        if example.messages and (meta := _known_meta(example.provenance.get("meta")))
     ]
     return [f"{corpus.source}: {problem}" for problem in corpus_health(rows)["problems"]] if rows else []
+
+
+def _known_meta(meta: Any) -> Row:
+    """What is understood of a row's own notes; other people's rows use the same names for other things."""
+    if not isinstance(meta, dict):
+        return {}
+    known: Row = {}
+    if isinstance(meta.get("finished"), bool):
+        known["finished"] = meta["finished"]
+    if isinstance(meta.get("num_tokens"), int):
+        known["num_tokens"] = meta["num_tokens"]
+    kinds, verdicts = meta.get("instruction_id_list"), meta.get("follow_strict")
+    if isinstance(kinds, list) and isinstance(verdicts, list) and len(kinds) == len(verdicts):
+        known |= {"instruction_id_list": kinds, "follow_strict": verdicts}
+    return known
 
 
 def _answers(row: Row) -> list[dict[str, str]]:

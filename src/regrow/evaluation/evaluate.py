@@ -210,6 +210,8 @@ def evaluate_once(
         if records is not None:
             write_result(records, f"{responses.name.split('.')[0]}-ifeval", scored)
         return {"ifeval": scored.figures}
+    if engine != "transformers" and "engine" not in row.options:
+        raise UserError(f"--engine is for --benchmark ifeval, not {benchmark}; leave it out.")
     needed = {
         "fidelity": {"a model": model, "--teacher": teacher, "--data": data},
         "perplexity": {"a model": model, "--data": data},

@@ -26,6 +26,7 @@ from regrow.modeling.load import load_model, load_tokenizer, pick_device
 from regrow.progress import say
 
 ENGINES = ("transformers", "vllm")
+_CHUNK = 1_024  # prompts per call
 _LONGEST_PROMPT = 4_096  # vLLM reserves memory for it before it has seen a prompt
 
 
@@ -103,6 +104,7 @@ class _Vllm:
         self._model = SimpleNamespace(config=config, generation_config=generation)
         self._end_ids = end_token_ids(tokenizer, self._model)
         self._llm: Any = None
+        self._context = 0
 
     def __call__(
         self,
@@ -123,8 +125,10 @@ class _Vllm:
         check_lengths(self._model, prompts, max_new_tokens)
         if not prompts:
             return []
-        if self._llm is None:
-            self._llm = self._start(vllm, max(map(len, prompts)), max_new_tokens)
+        needed = max(map(len, prompts)) + max_new_tokens
+        if self._llm is None or needed > self._context:
+            self._llm = None  # its memory goes before a longer one starts
+            self._llm = self._start(vllm, max(needed, _LONGEST_PROMPT + max_new_tokens))
         # A seed per prompt: who shares its batch must not decide what is drawn.
         sampling = [
             vllm.SamplingParams(
@@ -137,24 +141,28 @@ class _Vllm:
             )
             for index in range(len(prompts))
         ]
-        outputs = self._llm.generate(
-            [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=progress is not None
-        )
-        responses = [self._response(output.outputs[0]) for output in outputs]
-        for index, response in enumerate(responses):
-            if on_result is not None:
-                on_result(index, response)
+        responses: list[Response] = []
+        for begin in range(0, len(prompts), _CHUNK):  # what is finished reaches the caller chunk by chunk
+            outputs = self._llm.generate(
+                [{"prompt_token_ids": prompt} for prompt in prompts[begin : begin + _CHUNK]],
+                sampling[begin : begin + _CHUNK],
+                use_tqdm=progress is not None,
+            )
+            for output in outputs:
+                responses.append(self._response(output.outputs[0]))
+                if on_result is not None:
+                    on_result(len(responses) - 1, responses[-1])
         return responses
 
-    def _start(self, vllm: Any, longest: int, max_new_tokens: int) -> Any:
-        context = max(longest, _LONGEST_PROMPT) + max_new_tokens
+    def _start(self, vllm: Any, context: int) -> Any:
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or context
+        self._context = min(context, limit)
         try:
             return vllm.LLM(
                 model=str(self._folder),
                 dtype=self._dtype,
                 trust_remote_code=self._trust,
-                max_model_len=min(context, limit),
+                max_model_len=self._context,
                 generation_config="vllm",  # no penalty, no top-k from the checkpoint
             )
         except (ValueError, RuntimeError) as error:

@@ -55,7 +55,7 @@ STEPS = (
         "Finished on-policy",
         "Finish (on-policy)",
         "On-policy finish",
-        "finished on its own answers, judged by the parent token by token",
+        "trained on answers of its own, judged by the parent token by token",
         distils=True,
     ),
     Step(

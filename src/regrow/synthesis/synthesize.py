@@ -13,6 +13,7 @@ from regrow.data.constraints import require_checkers
 from regrow.data.health import corpus_health, corpus_statistics
 from regrow.errors import UserError
 from regrow.files import publish_folder, read_json, require_new_folder, sha256_file, sha256_json, write_json
+from regrow.modeling.writers import require_engine
 from regrow.progress import say
 from regrow.synthesis.answers import answer_block
 from regrow.synthesis.blocks import Row, open_work, require_same, run_blocks
@@ -89,6 +90,7 @@ def synthesize(
     if num_held_out is None:
         num_held_out = round(num_prompts * _HELD_OUT_SHARE)
     _check(num_prompts, num_held_out, num_self_prompts, max_new_tokens, batch_size, attempts)
+    require_engine(engine)
     if temperature < 0 or not 0 < top_p <= 1:
         raise UserError(f"temperature {temperature} or top_p {top_p} is out of range; try 0.7 and 0.95.")
     if prompts_file is None:
@@ -122,7 +124,7 @@ def synthesize(
         "violations": violations,
         "enable_thinking": enable_thinking,
         "dtype": dtype,
-        "engine": engine,
+        **({} if engine == "transformers" else {"engine": engine}),
     }
     out = Path(out)
     if (out / "report.json").is_file():

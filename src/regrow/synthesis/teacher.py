@@ -5,7 +5,7 @@ from functools import cached_property
 from pathlib import Path
 
 from regrow.modeling.load import load_tokenizer
-from regrow.modeling.writers import Writer, open_writer, require_engine
+from regrow.modeling.writers import Writer, open_writer
 from regrow.synthesis.answers import Answered, Decoding, Message
 from regrow.synthesis.sources import user_header
 
@@ -27,7 +27,6 @@ class Teacher:
         engine: str,
         trust_remote_code: bool,
     ) -> None:
-        require_engine(engine)
         self._folder, self._trust = folder, trust_remote_code
         self._max_new_tokens, self._batch_size = max_new_tokens, batch_size
         self._enable_thinking, self._dtype = enable_thinking, dtype

@@ -4,17 +4,18 @@ A lower divergence does not promise better instruction following, so a run may c
 whose constraints can be checked. They are disjoint from IFEval, which is never used to choose anything.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from regrow.data.constraints import answer_of, check_response
-from regrow.data.prompts import read_prompts
-from regrow.modeling.generate import generate_responses
+from regrow.data.prompts import hash_prompts, read_prompts
+from regrow.errors import UserError
+from regrow.modeling.generate import encode_prompt, generate_responses
+from regrow.training.memory import answers_fit
 from regrow.training.student import HiddenStates, bf16_products
-
-_BATCH_SIZE = 32
 
 
 class DevelopmentSet:
@@ -23,40 +24,61 @@ class DevelopmentSet:
     Args:
         source: prompts with constraints, as in `read_prompts`.
         tokenizer: the student's.
+        config: the student's config.json, for the length of its context.
         limit: only the first so many prompts.
         max_new_tokens: longest answer.
+        batch_size: answers in flight.
         enable_thinking: passed to the chat template when given; a thinking block is not judged.
         rank, world_size: each process answers its share.
 
+    Attributes:
+        hash: SHA-256 of all prompts.
+
     Raises:
-        UserError: the prompts cannot be used.
+        UserError: the prompts cannot be used, or are too long with their answers.
     """
 
     def __init__(
         self,
         source: str,
         tokenizer: Any,
+        config: Mapping[str, Any],
         *,
         limit: int | None,
         max_new_tokens: int,
+        batch_size: int,
         enable_thinking: bool | None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        self._prompts = read_prompts(source, limit=limit)[rank::world_size]
+        prompts = read_prompts(source, limit=limit)
+        self.hash = hash_prompts(prompts)
+        self._prompts = prompts[rank::world_size]
         self._tokenizer, self._max_new_tokens = tokenizer, max_new_tokens
-        self._enable_thinking = enable_thinking
+        self._batch_size, self._enable_thinking = batch_size, enable_thinking
+        self._conversations = [[{"role": "user", "content": prompt.text}] for prompt in self._prompts]
+        longest = max(
+            (len(encode_prompt(tokenizer, item, enable_thinking)) for item in self._conversations), default=0
+        )
+        context = config.get("text_config", config).get("max_position_embeddings")
+        if context is not None and longest + max_new_tokens > context:
+            raise UserError(
+                f"A prompt of the development set has {longest} tokens; with development_tokens "
+                f"({max_new_tokens}) it exceeds the model's context of {context}; lower development_tokens."
+            )
 
     def counts(self, student: HiddenStates) -> Tensor:
-        """Instructions that this process' answers follow strictly, and all of them, fp64 [2]."""
+        """This process' instructions that are followed strictly, all of them; answers that ended by
+        themselves, all of them; fp64 [4].
+        """
         device = next(student.parameters()).device
-        with bf16_products(device, student.autocast):
+        with bf16_products(device, student.autocast), answers_fit(self._batch_size):
             responses = generate_responses(
                 student.model,
                 self._tokenizer,
-                [[{"role": "user", "content": prompt.text}] for prompt in self._prompts],
+                self._conversations,
                 max_new_tokens=self._max_new_tokens,
-                batch_size=_BATCH_SIZE,
+                batch_size=self._batch_size,
                 enable_thinking=self._enable_thinking,
                 progress="development set",
             )
@@ -68,4 +90,5 @@ class DevelopmentSet:
             )
             followed += sum(verdict.strict)
             total += len(verdict.strict)
-        return torch.tensor([followed, total], dtype=torch.float64)
+        finished = sum(response.finished for response in responses)
+        return torch.tensor([followed, total, finished, len(responses)], dtype=torch.float64)

@@ -53,7 +53,8 @@ def dpo(
         student, teacher, held_out, out: see `sft`.
         corpora: prompts are their rows with constraints (`data.constrained`).
         work_dir: the pairs and the trainer's logs. A killed stage that is called again with the same
-            student, prompts and sampling goes on from the pairs; the training starts again.
+            student, prompts and sampling goes on from the pairs; the training starts again. (Within
+            `regrow run`, whose work folders belong to one recipe, with the same recipe.)
         beta: how much a margin counts.
         batch_size: pairs of a micro-batch; every one is full, so all pairs of a step weigh the same.
         learning_rate, gradient_accumulation_steps, select_by: see `PostSettings`. Held-out KL is always
@@ -84,9 +85,14 @@ def dpo(
         "num_samples": num_samples,
         "rollout_tokens": rollout_tokens,
         "rollout_temperature": rollout_temperature,
-        "rollout_batch_size": rollout_batch_size,
     }
-    own = {"beta": beta, "batch_size": batch_size, "min_pairs": min_pairs, **sampling}
+    own = {
+        "beta": beta,
+        "batch_size": batch_size,
+        "min_pairs": min_pairs,
+        "rollout_batch_size": rollout_batch_size,
+        **sampling,
+    }
     for name, value in own.items():
         if not value > 0:
             raise UserError(f"{name} is {value}; it must be above 0.")

@@ -1,6 +1,7 @@
 """One training run, from folders to a model folder; what distillation and recovery have in common."""
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -54,6 +55,9 @@ class Method:
     replacements: Callable[[CheckpointReader, Mapping[str, Tensor]], dict[str, Values]]
 
 
+_MOST_FINISH = 0.5
+
+
 def run_training(
     method: Method,
     *,
@@ -98,13 +102,20 @@ def run_training(
 
     if settings.on_policy_fraction:
         require_prompts(rows)
+    if uses_fsdp() and (settings.on_policy_fraction or settings.select_by == "development"):
+        raise UserError(
+            "Under FSDP no process holds the whole student, so it cannot write text; set "
+            "on_policy_fraction: 0 and select_by: held_out_kl, or use DDP."
+        )
     development = None
     if settings.select_by == "development":
         development = DevelopmentSet(
             settings.development_prompts,
             tokenizer,
+            readers[0].config,
             limit=settings.development_limit,
             max_new_tokens=settings.development_tokens,
+            batch_size=settings.rollout_batch_size,
             enable_thinking=settings.enable_thinking,
             rank=args.process_index,
             world_size=args.world_size,
@@ -118,6 +129,7 @@ def run_training(
         "teacher": readers[1].fingerprint(),
         "corpus": corpus.hash,
         "held_out": held.hash,
+        **({"development": development.hash} if development else {}),
     }
     with args.main_process_first(local=False):
         claim_work_dir(work_dir, identity)
@@ -168,6 +180,7 @@ def run_training(
                 batches_per_step=per_step,
                 max_new_tokens=settings.rollout_tokens,
                 temperature=settings.rollout_temperature,
+                batch_size=settings.rollout_batch_size,
                 seed=settings.seed,
                 rank=args.process_index,
                 world_size=args.world_size,
@@ -209,11 +222,6 @@ def run_training(
             except (ValueError, ImportError) as error:
                 reason = (str(error).splitlines() or [type(error).__name__])[0]
                 raise UserError(f"The trainer refuses these settings: {reason[:200]}.") from None
-            if trainer.is_fsdp_enabled and (rollouts or development):
-                raise UserError(
-                    "Under FSDP no process holds the whole student, so it cannot write text; set "
-                    "on_policy_fraction: 0 and select_by: held_out_kl, or use DDP."
-                )
             if trainer.is_fsdp_enabled and isinstance(teachers[0], LiveTeacher):
                 teachers[0].shard()
             if not trainer.has_waited_enough:  # a run that was killed after it had stopped early stays so
@@ -221,6 +229,11 @@ def run_training(
 
     state, chosen_step, choice = _chosen_state(trainer, settings, work_dir)
     notes.append(choice)
+    if development and (finished := record.held_out[-1]["development_finished"]) < _MOST_FINISH:
+        notes.append(
+            f"Only {finished:.0%} of the answers to the development set ended within development_tokens "
+            f"({settings.development_tokens}); what was cut off counts as it stands."
+        )
     if args.process_index == 0:
         overlay_checkpoint(
             base=student,
@@ -285,8 +298,6 @@ def _teachers(
         return loaded
 
     if settings.teacher_mode == "cached":
-        if settings.on_policy_fraction:
-            raise UserError("on_policy_fraction needs a live teacher; set teacher_mode: live.")
         return cached_teacher(
             readers, student_head, rows, plans, hashes, load_teacher, args, settings, work_dir, notes
         )
@@ -295,6 +306,11 @@ def _teachers(
         notes.append(f"Teacher and student share {saved:,} bytes of frozen weights.")
     live = LiveTeacher(loaded)
     return live, live
+
+
+def uses_fsdp() -> bool:
+    """Whether accelerate was asked for FSDP (its launcher says so in the environment)."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() in ("1", "true", "yes")
 
 
 def _held_out_tokens(rows: list[Encoded], plan: Plan, settings: TrainingSettings) -> int:

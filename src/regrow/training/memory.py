@@ -32,3 +32,19 @@ def memory_errors(remedies: Sequence[str], after: str = "") -> Iterator[None]:
         if not named and "can't allocate memory" not in str(error):
             raise
         raise RunError(f"Out of memory while training; {', or '.join(remedies)}.{after}") from None
+
+
+@contextlib.contextmanager
+def answers_fit(batch_size: int) -> Iterator[None]:
+    """Out of memory while the student writes, by the name of the setting.
+
+    Raises:
+        RunError: memory did not suffice within the block.
+    """
+    try:
+        yield
+    except (RunError, MemoryError):
+        raise RunError(
+            f"Memory is too small for {batch_size} of the student's answers at a time; lower "
+            "rollout_batch_size."
+        ) from None

@@ -16,10 +16,11 @@ from regrow.data.constrained import ConstrainedRow
 from regrow.data.constraints import answer_of, check_response, require_checkers
 from regrow.data.corpora import Example
 from regrow.data.templates import Encoded, tokenize_example, turn_end_ids
-from regrow.errors import RunError, UserError
+from regrow.errors import UserError
 from regrow.files import disk_errors, read_json, write_json
 from regrow.modeling.generate import encode_prompt, end_token_ids, generate_responses
 from regrow.progress import say
+from regrow.training.memory import answers_fit
 from regrow.training.rollouts import prompt_length
 
 PAIRS, COUNTS = "pairs.jsonl", "pairs.json"
@@ -121,7 +122,7 @@ def load_or_make_pairs(
         return _read(work_dir), read_json(work_dir / COUNTS)
     require_checkers([kind for row in rows for kind in row.instruction_ids])
     prompts = [encode_prompt(tokenizer, row.prompt, enable_thinking) for row in rows]
-    try:
+    with answers_fit(batch_size):
         responses = generate_responses(
             model,
             tokenizer,
@@ -134,11 +135,6 @@ def load_or_make_pairs(
             seed=seed,
             progress="student answers",
         )
-    except RunError:
-        raise RunError(
-            f"The device's memory is too small for {batch_size} of the student's answers at a time; "
-            "lower rollout_batch_size."
-        ) from None
     end = (turn_end_ids(tokenizer) or end_token_ids(tokenizer))[:1]
     pairs: list[Pair] = []
     too_long = 0

@@ -15,9 +15,8 @@ from regrow.data.templates import Encoded, turn_end_ids
 from regrow.errors import UserError
 from regrow.files import read_json, write_json
 from regrow.modeling.generate import encode_prompt, end_token_ids, generate_responses
+from regrow.training.memory import answers_fit
 from regrow.training.student import HiddenStates, bf16_products
-
-_BATCH_SIZE = 32
 
 
 class Rollouts:
@@ -33,6 +32,7 @@ class Rollouts:
         first: the step that this session starts at and its place in the plan.
         batches_per_step: micro-batches of a step over all processes.
         max_new_tokens, temperature: how the student writes; temperature 0 is greedy.
+        batch_size: answers in flight.
         seed: which batches, and the sampling.
         rank, world_size: each process writes and keeps those of its own micro-batches.
     """
@@ -50,6 +50,7 @@ class Rollouts:
         batches_per_step: int,
         max_new_tokens: int,
         temperature: float,
+        batch_size: int,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
@@ -59,6 +60,7 @@ class Rollouts:
         self._fraction, self._seed = fraction, seed
         self._refresh, self._first, self._per_step = refresh_steps, first, batches_per_step
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
+        self._batch_size = batch_size
         self._rank, self._world_size = rank, world_size
         self._end = (turn_end_ids(tokenizer) or end_token_ids(tokenizer))[:1]
         self._window = -1
@@ -115,13 +117,17 @@ class Rollouts:
             return {}
         device = next(student.parameters()).device
         # The run's own random state must not depend on whether the answers were on disk.
-        with torch.random.fork_rng(), bf16_products(device, student.autocast):
+        with (
+            torch.random.fork_rng(),
+            bf16_products(device, student.autocast),
+            answers_fit(self._batch_size),
+        ):
             responses = generate_responses(
                 student.model,
                 self._tokenizer,
                 [text for _, text in texts],
                 max_new_tokens=self._max_new_tokens,
-                batch_size=_BATCH_SIZE,
+                batch_size=self._batch_size,
                 do_sample=self._temperature > 0,
                 temperature=self._temperature or 1.0,
                 seed=self._seed * 1_000_003 + window,

@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from regrow.errors import UserError
+from regrow.recipe import contradiction
 
 CorpusSpec = tuple[str, str, float, int | None]
 
@@ -39,6 +40,7 @@ class TrainingSettings:
         on_policy_fraction: share of the micro-batches that hold the student's own continuations.
         refresh_steps: steps after which the student writes new ones.
         rollout_tokens, rollout_temperature: length and sampling temperature of a continuation.
+        rollout_batch_size: answers in flight, of rollouts and of the development set.
         sequence_length: rows are cut off there.
         enable_thinking: passed to the chat template where given.
         seed: order of the data, dropout, sampling.
@@ -79,6 +81,7 @@ class TrainingSettings:
     refresh_steps: int = 50
     rollout_tokens: int = 128
     rollout_temperature: float = 1.0
+    rollout_batch_size: int = 32
     sequence_length: int = 1_024
     enable_thinking: bool | None = None
     seed: int = 0
@@ -95,8 +98,8 @@ class TrainingSettings:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"{name} is {value}; it must be above 0.")
-        if self.patience is not None and self.select_by == "last":
-            raise UserError("patience needs something to wait for; set select_by, or leave patience out.")
+        if problem := contradiction(self):
+            raise UserError(f"{problem}.")
         if not self.label_weight >= 0:
             raise UserError(f"label_weight is {self.label_weight}; it must not be below 0.")
         if not 0 <= self.on_policy_fraction <= 1:
@@ -142,6 +145,7 @@ _POSITIVE = (
     "refresh_steps",
     "rollout_tokens",
     "rollout_temperature",
+    "rollout_batch_size",
     "sequence_length",
 )
 # What a run may change when it continues: where it runs, what it logs, how its result is cut into files.
@@ -155,5 +159,6 @@ _NOT_IDENTITY = (
     "max_shard_size",
     "loss_chunk_tokens",
     "gradient_accumulation_steps",
+    "rollout_batch_size",
     "on_spike",
 )

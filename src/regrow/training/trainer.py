@@ -195,12 +195,13 @@ class DistillTrainer(Trainer):
         found = figures(self.accelerator.reduce(sums, "sum"))
         if self._development is not None:
             counts = self._development.counts(self.student_model()).to(self.args.device)
-            followed, total = self.accelerator.reduce(counts, "sum").tolist()
-            found["development"] = followed / total
+            followed, total, finished, answers = self.accelerator.reduce(counts, "sum").tolist()
+            found |= {"development": followed / total, "development_finished": finished / answers}
         step = self.state.global_step
         if self.record.add_evaluation(step, found) and self._settings.select_by != "last" and step:
             self._best.save(step, self.trained_state())
         if self.has_waited_enough:
+            self.record.close_interval(self._get_learning_rate(), self._grad_norm)
             self.control.should_training_stop = True
         metrics = {f"eval_{name}": value for name, value in found.items()}
         self.log(dict(metrics))

@@ -3,7 +3,8 @@ import json
 import pytest
 
 from regrow.data.blend import encode_corpora
-from regrow.data.health import corpus_health, corpus_statistics, is_refusal
+from regrow.data.corpora import open_corpus
+from regrow.data.health import corpus_health, corpus_problems, corpus_statistics, is_refusal
 from regrow.modeling.load import load_tokenizer
 from tiny_models import save_tiny_model
 
@@ -91,3 +92,20 @@ def test_a_corpus_that_should_not_be_learnt_from_is_reported_when_it_is_read(tmp
     assert any("60% of the answers are cut off" in note for note in bad.notes)
     assert "60% of the answers are cut off" in capsys.readouterr().err
     assert not any("cut off at the token limit" in note for note in silent.notes)
+
+
+@pytest.mark.parametrize(
+    "meta",
+    [
+        {"num_tokens": None, "finished": None, "follow_strict": None, "instruction_id_list": None},
+        {"num_tokens": "12"},
+        {"follow_strict": True},
+        {"follow_strict": [False], "instruction_id_list": []},
+        {"pile_set_name": "Books"},
+        "a string",
+    ],
+)
+def test_other_peoples_notes_are_not_judged(tmp_path, meta):
+    rows = [{"messages": row()["messages"], "meta": meta}, {"text": "plain", "meta": meta}]
+    (tmp_path / "c.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert corpus_problems(open_corpus(str(tmp_path / "c.jsonl"))) == []

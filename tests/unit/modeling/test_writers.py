@@ -116,3 +116,13 @@ def test_the_engine_is_part_of_what_a_result_was_made_with(folder):
     )
     assert own != other
     assert own["comparable"] == other["comparable"]
+
+
+def test_a_longer_answer_starts_a_longer_engine(folder, vllm, monkeypatch):
+    monkeypatch.setattr("regrow.modeling.writers._LONGEST_PROMPT", 64)
+    monkeypatch.setattr("regrow.modeling.writers._CHUNK", 2)
+    writer = open_writer(folder, engine="vllm", dtype="float32", device="cpu")
+    for tokens in (8, 8, 100):
+        writer(CONVERSATIONS, **OPTIONS | {"max_new_tokens": tokens})
+    assert [started["max_model_len"] for started in vllm.started] == [72, 164]
+    assert [len(prompts) for prompts, _ in vllm.asked] == [2, 1] * 3

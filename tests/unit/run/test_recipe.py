@@ -8,6 +8,7 @@ import pytest
 
 from regrow.errors import UserError
 from regrow.recipe import load_recipe, parse_recipe
+from regrow.runner import check_stages, plan_run
 from regrow.stages import one_stage_recipe
 
 RECIPES = sorted((Path(__file__).parents[3] / "recipes").glob("*.yaml"))
@@ -50,6 +51,9 @@ def test_published_recipe_has_the_published_settings():
         ({"sft": {"max_steps": 10, "batch_size": 4}}, ["sft.batch_size", "spelling"]),
         ({"dpo": {"max_steps": 10, "dropout": 0.1}}, ["dpo.dropout", "spelling"]),
         ({"dpo": {"max_steps": 10, "beta": 0}}, ["dpo.beta", "0"]),
+        ({"distill": {"max_steps": 9, "select_by": "last", "patience": 2}}, ["distill", "patience"]),
+        ({"finish": {"max_steps": 9, "teacher_mode": "cached"}}, ["finish", "live teacher"]),
+        ({"finish": {"max_steps": 9, "on_policy_fraction": 0}}, ["on_policy_fraction", "0"]),
         ({"evaluate": {"benchmarks": ["mmlu"]}}, ["benchmarks", "mmlu"]),
     ],
 )
@@ -107,3 +111,22 @@ def test_a_training_verb_sets_keys_of_its_section_and_of_the_recipe():
     assert (recipe.seed, recipe.sequence_length, recipe.distill) == (7, 64, None)
     with pytest.raises(UserError, match="no_such_key: is no key of a recipe"):
         one_stage_recipe("distill", "m", ["c"], "h", 5, ["no_such_key=1"])
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"evaluate": {"ifeval": {"engine": "vllm"}}}, "engine vllm needs vllm"),
+        ({"evaluate": {"ifeval": {"prompts": "./nope.jsonl"}}}, "nope.jsonl do not exist"),
+        ({"sft": {"max_steps": 1}}, "stage sft needs trl"),
+        (
+            {"distill": {"max_steps": 1, "select_by": "development", "development_prompts": "no.jsonl"}},
+            "no.jsonl",
+        ),
+    ],
+)
+def test_what_a_late_stage_lacks_is_said_at_the_start(tmp_path, monkeypatch, change, words):
+    monkeypatch.setattr("regrow.stages.importlib.util.find_spec", lambda name: None)
+    recipe = parse_recipe(MINIMAL | change, "recipe.yaml")
+    with pytest.raises(UserError, match=words):
+        check_stages(plan_run(recipe, tmp_path), recipe)

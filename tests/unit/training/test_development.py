@@ -64,11 +64,13 @@ def test_counts_are_those_of_the_checkers_and_processes_share_the_prompts(case, 
     ]
 
     def counts(**share):
-        options = {"limit": None, "max_new_tokens": 8, "enable_thinking": None} | share
-        return DevelopmentSet(prompts, tokenizer, **options).counts(HiddenStates(model, autocast=False))
+        options = {"limit": None, "max_new_tokens": 8, "batch_size": 2, "enable_thinking": None} | share
+        config = model.config.to_dict()
+        return DevelopmentSet(prompts, tokenizer, config, **options).counts(HiddenStates(model, False))
 
-    assert counts().tolist() == [sum(map(sum, verdicts)), 5]
-    assert counts(limit=2).tolist() == [sum(map(sum, verdicts[:2])), 3]
+    finished = sum(answer.finished for answer in answers)
+    assert counts().tolist() == [sum(map(sum, verdicts)), 5, finished, 4]
+    assert counts(limit=2).tolist()[:2] == [sum(map(sum, verdicts[:2])), 3]
     shares = [counts(rank=rank, world_size=2) for rank in (0, 1)]
     assert torch.equal(shares[0] + shares[1], counts())
 
@@ -87,23 +89,25 @@ def test_most_instructions_followed_wins_and_the_lower_kl_breaks_ties():
 def test_the_step_that_follows_most_is_given_back(case, prompts, tmp_path, monkeypatch):
     found = iter([1.0, 3.0, 2.0])
     monkeypatch.setattr(
-        DevelopmentSet, "counts", lambda self, student: torch.tensor([next(found), 5.0]).double()
+        DevelopmentSet, "counts", lambda self, student: torch.tensor([next(found), 5.0, 1.0, 4.0]).double()
     )
     report = distill(**case, out=tmp_path / "out", work_dir=tmp_path / "work", **settings(prompts))
     assert report["chosen_step"] == 3
     assert [entry["development"] for entry in report["held_out"]] == [0.2, 0.6, 0.4]
     # By KL the last step would have been the best.
     assert report["held_out"][-1]["kl"] == min(entry["kl"] for entry in report["held_out"])
+    assert any("Only 25% of the answers" in note for note in report["notes"])
     assert any("60.0% of the development set's instructions" in note for note in report["notes"])
 
 
 def test_patience_ends_training_early_also_when_it_is_killed_right_after(
     case, prompts, tmp_path, monkeypatch
 ):
-    options = settings(prompts, max_steps=12, eval_steps=2, save_steps=2, patience=2)
+    options = settings(prompts, max_steps=12, eval_steps=2, save_steps=2, patience=2, logging_steps=4)
     whole = distill(**case, out=tmp_path / "a", work_dir=tmp_path / "wa", **fixed(monkeypatch, options))
     assert [entry["step"] for entry in whole["held_out"]] == [0, 2, 4, 6]
     assert (whole["steps"], whole["chosen_step"]) == (6, 2)
+    assert whole["losses"][-1]["step"] == 6
     assert any("stopped early at step 6" in note for note in whole["notes"])
 
     class KilledError(BaseException):
@@ -128,10 +132,29 @@ def fixed(monkeypatch, options):
     found = iter([1.0, 3.0, 2.0, 2.0, 4.0, 4.0, 4.0])
 
     def counts(self, student):
-        return torch.tensor([next(found), 5.0]).double()
+        return torch.tensor([next(found), 5.0, 1.0, 4.0]).double()
 
     monkeypatch.setattr(development.DevelopmentSet, "counts", counts)
     return options
+
+
+def test_a_resumed_run_does_not_mix_development_sets(case, prompts, tmp_path):
+    options = settings(prompts, max_steps=2, eval_steps=2)
+    distill(**case, out=tmp_path / "a", work_dir=tmp_path / "work", **options)
+    with open(prompts, "a") as file:
+        file.write("\n" + json.dumps(PROMPTS[0] | {"key": 9, "prompt": "another"}))
+    with pytest.raises(UserError, match="development"):
+        distill(**case, out=tmp_path / "b", work_dir=tmp_path / "work", **options)
+
+
+def test_what_is_refused_leaves_no_work_behind(case, prompts, tmp_path):
+    for change in ({"development_tokens": 100_000}, {"development_prompts": "none.jsonl"}):
+        with pytest.raises(UserError):
+            distill(**case, out=tmp_path / "out", work_dir=tmp_path / "work", **settings(prompts) | change)
+    cached = {"teacher_mode": "cached", "on_policy_fraction": 0.5}
+    with pytest.raises(UserError, match="needs a live teacher"):
+        distill(**case, out=tmp_path / "out", work_dir=tmp_path / "work", **QUICK | cached)
+    assert not (tmp_path / "work").exists()
 
 
 def test_a_tie_with_a_higher_kl_counts_as_no_better():

@@ -36,6 +36,7 @@ def rollouts(model, folder, **options):
         "batches_per_step": 1,
         "max_new_tokens": 6,
         "temperature": 1.0,
+        "batch_size": 32,
         "seed": 0,
     }
     return Rollouts(**settings | options)
