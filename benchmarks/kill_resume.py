@@ -128,6 +128,8 @@ def main():
                             file=sys.stderr,
                             flush=True,
                         )
+                        if out.exists():
+                            break  # killed behind its last step: the model appears whole or not at all
                         continue
                 finish(process)
                 break
