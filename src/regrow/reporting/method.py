@@ -24,12 +24,12 @@ def procedure(facts: Facts) -> list[str]:
     """One sentence per stage that changed or measured the model."""
     found = []
     calibrated = facts.reports.get("calibrate")
+    sequential = facts.settings("calibrate").get("method") == "sequential"
     if calibrated is not None:
         tokens = number(calibrated, "num_tokens")
-        found.append(
-            "Calibrated: channel statistics of the parent"
-            + (f" over {count(tokens)} tokens." if tokens else ".")
-        )
+        whose = "each layer, behind the layers pruned before it" if sequential else "the parent"
+        over = f", over {count(tokens)} tokens" if tokens else ""
+        found.append(f"Calibrated: channel statistics of {whose}{over}.")
     pruned = facts.reports.get("prune")
     if pruned is not None:
         options = section(facts.recipe, "prune")
@@ -39,6 +39,8 @@ def procedure(facts: Facts) -> list[str]:
             text += f", channels chosen by the criterion {one_line(criterion)}"
         if pruned.get("refit", options.get("refit")):
             text += "; down_proj refitted by ridge least squares"
+            if sequential and calibrated is not None:
+                text += " toward the parent's residual stream"
         found.append(f"{text}.")
     for stage in facts.training:
         if not facts.moved(stage):

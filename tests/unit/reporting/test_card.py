@@ -118,6 +118,17 @@ def test_a_run_that_only_pruned_claims_no_training(make_run):
     assert "from 1,536 to 1,280 channels" in card
 
 
+def test_what_was_counted_behind_pruned_layers_is_not_called_the_parents(make_run):
+    results = full_results()
+    _, card, _ = make_run(results)
+    assert "channel statistics of the parent" in card
+    results["recipe"]["calibrate"]["method"] = "sequential"
+    _, card, _ = make_run(results)
+    assert "behind the layers pruned before it" in card
+    assert "toward the parent's residual stream" in card
+    assert "channel statistics of the parent" not in card
+
+
 def test_training_that_helped_nothing_is_not_called_distillation(make_run):
     results = full_results()
     for stage in ("distill", "recover"):
