@@ -117,15 +117,8 @@ def main() -> None:
     statistics = work / "statistics.safetensors"
     criteria = options.criteria or list(CRITERIA)
     if not statistics.exists():
-        calibrate(
-            model=teacher,
-            corpora=[(source, "train", 1.0, None) for source in options.corpus],
-            out=statistics,
-            num_tokens=options.tokens,
-            sequence_length=options.length,
-            correlations=True,
-            fisher=any(CRITERIA[name].needs_gradients for name in criteria),
-            device="cpu",
+        _calibrate(
+            teacher, statistics, options, fisher=any(CRITERIA[name].needs_gradients for name in criteria)
         )
     held_out = HeldOut(teacher, options.held_out, options.held_out_tokens, options.length, options.count)
     widths = [options.width] if options.width else [1408, 1280, 1024]
@@ -184,6 +177,18 @@ def _name(row: dict[str, Any]) -> str:
     return f"{row['criterion']}-{how}-{row['width']}"
 
 
+def _calibrate(teacher: Path, out: Path, options: argparse.Namespace, **how: Any) -> None:
+    calibrate(
+        model=teacher,
+        corpora=[(source, "train", 1.0, None) for source in options.corpus],
+        out=out,
+        num_tokens=options.tokens,
+        sequence_length=options.length,
+        device="cpu",
+        **how,
+    )
+
+
 def _prune_sequentially(teacher: Path, width: int, work: Path, options: argparse.Namespace) -> Path:
     """The whole recipe, calibrated for this width."""
     folder = work / _name(_row(_BEST, True, width, sequential=True)) / "model"
@@ -191,17 +196,7 @@ def _prune_sequentially(teacher: Path, width: int, work: Path, options: argparse
         return folder
     statistics = work / f"sequential-{width}.safetensors"
     if not statistics.exists():
-        calibrate(
-            model=teacher,
-            corpora=[(source, "train", 1.0, None) for source in options.corpus],
-            out=statistics,
-            num_tokens=options.tokens,
-            sequence_length=options.length,
-            method="sequential",
-            width=width,
-            criterion=_BEST,
-            device="cpu",
-        )
+        _calibrate(teacher, statistics, options, method="sequential", width=width, criterion=_BEST)
     prune(model=teacher, out=folder, width=width, criterion=_BEST, statistics=statistics)
     statistics.unlink()
     return folder

@@ -77,27 +77,51 @@ def contradiction(section: Any) -> str | None:
     return None
 
 
-class Training(Section):
-    """What distillation and recovery have in common."""
+class Optimisation(Section):
+    """What every training stage has in common."""
 
     max_steps: Positive
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    warmup_fraction: Fraction = 0.05
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    gradient_checkpointing: bool = False
+    precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
+    optimizer: str = "adamw_torch_fused"
+    eval_steps: Positive | None = None
+    logging_steps: Positive = 10
+    report_to: tuple[str, ...] = ("tensorboard",)
+
+
+class Lora(Section):
+    """Which adapters are trained."""
+
+    rank: Positive = 32
+    alpha: Positive = 64
+    targets: tuple[str, ...] = (
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    )
+    linear_attention: bool = False
+
+
+class Training(Optimisation):
+    """What the distilling stages have in common."""
+
     loss: Literal["forward_kl", "reverse_kl", "jsd", "skewed_kl"] = "forward_kl"
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     temperature: Annotated[float, Field(gt=0)] = 1.0
     label_weight: Annotated[float, Field(ge=0)] = 0.0
     tokens: Literal["all", "response"] = "all"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_fraction: Fraction = 0.05
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     batch_tokens: Positive = 2_048
     gradient_accumulation_steps: Positive = 1
-    gradient_checkpointing: bool = False
-    precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
-    optimizer: str = "adamw_torch_fused"
     teacher_mode: Literal["live", "cached"] = "live"
     loss_chunk_tokens: Positive | None = None
-    eval_steps: Positive | None = None
     save_steps: Positive | None = None
     select_by: Literal["held_out_kl", "development", "last"] = "held_out_kl"
     patience: Positive | None = None
@@ -105,8 +129,6 @@ class Training(Section):
     development_limit: Positive | None = 128
     development_tokens: Positive = 512
     on_spike: Literal["stop", "skip"] = "stop"
-    logging_steps: Positive = 10
-    report_to: tuple[str, ...] = ("tensorboard",)
     held_out_tokens: Positive | None = None
     on_policy_fraction: Fraction = 0.0
     refresh_steps: Positive = 50
@@ -127,22 +149,10 @@ class Distill(Training):
     train: Literal["mlp", "all_but_embeddings"] = "all_but_embeddings"
 
 
-class Recover(Training):
+class Recover(Training, Lora):
     """LoRA recovery with the same loss, merged into the weights."""
 
-    rank: Positive = 32
-    alpha: Positive = 64
     dropout: Fraction = 0.0
-    targets: tuple[str, ...] = (
-        "gate_proj",
-        "up_proj",
-        "down_proj",
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-    )
-    linear_attention: bool = False
 
 
 class Finish(Distill):
@@ -157,24 +167,10 @@ class Finish(Distill):
     select_by: Literal["held_out_kl", "development", "last"] = "development"
 
 
-class Post(Section):
-    """What fine-tuning and preference tuning with TRL have in common: LoRA adapters, merged afterwards."""
+class Post(Optimisation, Lora):
+    """What fine-tuning and preference tuning with TRL have in common; adapters are merged afterwards."""
 
-    max_steps: Positive
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    warmup_fraction: Fraction = 0.05
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    gradient_checkpointing: bool = False
-    precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
-    optimizer: str = "adamw_torch_fused"
-    eval_steps: Positive | None = None
-    logging_steps: Positive = 10
-    report_to: tuple[str, ...] = ("tensorboard",)
     held_out_tokens: Positive = 8_192
-    rank: Positive = 32
-    alpha: Positive = 64
-    targets: tuple[str, ...] = Recover.model_fields["targets"].default
-    linear_attention: bool = False
 
 
 class Sft(Post):

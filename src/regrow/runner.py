@@ -63,9 +63,9 @@ def run_recipe(
     parent = resolve_model(recipe.model, recipe.revision)
     check_width(recipe, parent)
     steps = plan_run(recipe, run_dir, start=start, until=until)
-    check_stages(steps, recipe)
     # All manifests before any work or file: a bad corpus or a mismatch is said now, not after hours.
-    manifests = _manifests(recipe, parent, [step.stage for step in steps])
+    also = check_stages(steps, recipe)
+    manifests = _manifests(recipe, parent, [step.stage for step in steps], also)
     for step in steps:
         if step.action == "skip":
             _require_match(step, manifests[step.stage.name], run_dir)
@@ -97,8 +97,8 @@ def check_width(recipe: Recipe, parent: Path) -> dict[str, Any]:
     return inspect_checkpoint(parent, width=recipe.prune.width)
 
 
-def check_stages(steps: list[Step], recipe: Recipe) -> None:
-    """Refuse now what a stage that will run would refuse when it is reached.
+def check_stages(steps: list[Step], recipe: Recipe) -> dict[str, dict[str, Any]]:
+    """Refuse now what a stage that will run would refuse when it is reached; returns each stage's `also`.
 
     Raises:
         UserError: a package, prompts or constraints are missing.
@@ -106,7 +106,7 @@ def check_stages(steps: list[Step], recipe: Recipe) -> None:
     for step in steps:
         if step.action != "skip":
             step.stage.check(recipe)
-            step.stage.also(recipe)
+    return {step.stage.name: step.stage.also(recipe) for step in steps}
 
 
 def plan_run(
@@ -130,7 +130,9 @@ def enabled_stages(recipe: Recipe) -> list[Stage]:
     return [stage for stage in STAGES if stage.enabled(recipe)]
 
 
-def _manifests(recipe: Recipe, parent: Path, stages: list[Stage]) -> dict[str, dict[str, Any]]:
+def _manifests(
+    recipe: Recipe, parent: Path, stages: list[Stage], also: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
     """What each stage's result depends on; reads every corpus and the parent's headers once."""
     from regrow.checkpoint.reader import CheckpointReader
     from regrow.data.corpora import corpus_hash
@@ -149,7 +151,7 @@ def _manifests(recipe: Recipe, parent: Path, stages: list[Stage]) -> dict[str, d
             "stage": stage.name,
             "version": __version__,
             "parent": fingerprint,
-            "recipe": {key: fields[key] for key in stage.reads} | stage.also(recipe),
+            "recipe": {key: fields[key] for key in stage.reads} | also[stage.name],
             "corpora": {key: hashes[key] for key in stage.reads if key in specs},
             "inputs": {name: manifests[name]["hash"] for name in stage.inputs if name in manifests},
         }

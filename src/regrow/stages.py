@@ -16,7 +16,8 @@ from typing import Any
 from regrow.data.corpora import is_local
 from regrow.errors import UserError
 from regrow.files import publish_folder, write_json
-from regrow.recipe import Corpus, Post, Recipe, Training, apply_override, parse_recipe
+from regrow.recipe import Corpus, Recipe, apply_override, parse_recipe
+from regrow.reporting.steps import STEPS
 
 CorpusSpec = tuple[str, str, float, int | None]
 
@@ -124,13 +125,10 @@ def _prune(context: Context) -> dict[str, Any]:
     )
 
 
-def _train(
-    context: Context,
-    function: Callable[..., dict[str, Any]],
-    section: Training | Post,
-    student: Path,
-    out: Path,
-) -> dict[str, Any]:
+def _train(context: Context, stage: str, student: Path, out: Path) -> dict[str, Any]:
+    """Call a training stage's leaf function with its section of the recipe."""
+    module, name = _TRAINING[stage]
+    function = getattr(importlib.import_module(f"regrow.training.{module}"), name)
     recipe = context.recipe
     return function(
         student=student,
@@ -146,26 +144,13 @@ def _train(
         trust_remote_code=recipe.trust_remote_code,
         shards=recipe.prune.shards,
         max_shard_size=recipe.prune.max_shard_size,
-        **section.model_dump(),
+        **getattr(recipe, stage).model_dump(),
     )
 
 
-def training_function(stage: str) -> Callable[..., dict[str, Any]]:
-    """The leaf function of a training stage."""
-    module, name = _TRAINING[stage]
-    return getattr(importlib.import_module(f"regrow.training.{module}"), name)
-
-
 def _training(stage: str) -> Callable[[Context], dict[str, Any]]:
-    """A training stage: its section of the recipe, on the newest model before it."""
-
-    def run(context: Context) -> dict[str, Any]:
-        section = getattr(context.recipe, stage)
-        return _train(
-            context, training_function(stage), section, context.student(stage), context.out / "model"
-        )
-
-    return run
+    """A training stage, on the newest model before it."""
+    return lambda context: _train(context, stage, context.student(stage), context.out / "model")
 
 
 def _dpo(context: Context) -> dict[str, Any]:
@@ -328,8 +313,7 @@ def train_once(
     recipe = one_stage_recipe(stage, str(teacher), corpora, held_out, steps, overrides)
     work = out.with_name(f".{out.name}.work")
     context = Context(recipe, teacher, out.parent, work, out.parent, {})
-    section = getattr(recipe, stage)
-    report = _train(context, training_function(stage), section, student, out)
+    report = _train(context, stage, student, out)
     shutil.rmtree(work, ignore_errors=True)
     return report
 
@@ -352,6 +336,7 @@ def one_stage_recipe(
     return parse_recipe(value, f"regrow {stage}")
 
 
+# training stage -> module and leaf function
 _TRAINING = {
     "distill": ("distill", "distill"),
     "recover": ("recover", "recover"),
@@ -359,18 +344,26 @@ _TRAINING = {
     "sft": ("sft", "sft"),
     "dpo": ("dpo", "dpo"),
 }
-MODEL_STAGES = ("prune", "distill", "recover", "finish", "sft", "dpo")
+MODEL_NAMES = {step.stage: step.model for step in STEPS}
+MODEL_STAGES = tuple(MODEL_NAMES)
 _RECORDS = Path("stages/evaluate/records")
-MODEL_NAMES = {
-    "prune": "pruned",
-    "distill": "distilled",
-    "recover": "recovered",
-    "finish": "finished",
-    "sft": "finetuned",
-    "dpo": "aligned",
-}
 
 _DATA = ("corpora", "sequence_length", "enable_thinking", "seed")
+
+
+def _training_stage(
+    name: str, run: Callable[[Context], dict[str, Any]] | None = None, **options: Any
+) -> Stage:
+    """The row of a stage that trains the newest model before it."""
+    return Stage(
+        name,
+        MODEL_STAGES[: MODEL_STAGES.index(name)],
+        (name, "held_out", *_DATA),
+        run or _training(name),
+        lambda recipe: getattr(recipe, name) is not None,
+        **options,
+    )
+
 
 STAGES: tuple[Stage, ...] = (
     Stage(
@@ -382,47 +375,11 @@ STAGES: tuple[Stage, ...] = (
         _calibrate_for,
     ),
     Stage("prune", ("calibrate",), ("prune", "seed"), _prune),
-    Stage(
-        "distill",
-        ("prune",),
-        ("distill", "held_out", *_DATA),
-        _training("distill"),
-        lambda recipe: recipe.distill is not None,
-        _development("distill"),
-    ),
-    Stage(
-        "recover",
-        ("prune", "distill"),
-        ("recover", "held_out", *_DATA),
-        _training("recover"),
-        lambda recipe: recipe.recover is not None,
-        _development("recover"),
-    ),
-    Stage(
-        "finish",
-        ("prune", "distill", "recover"),
-        ("finish", "held_out", *_DATA),
-        _training("finish"),
-        lambda recipe: recipe.finish is not None,
-        _development("finish"),
-    ),
-    Stage(
-        "sft",
-        ("prune", "distill", "recover", "finish"),
-        ("sft", "held_out", *_DATA),
-        _training("sft"),
-        lambda recipe: recipe.sft is not None,
-        check=_check_post("sft"),
-    ),
-    Stage(
-        "dpo",
-        ("prune", "distill", "recover", "finish", "sft"),
-        ("dpo", "held_out", *_DATA),
-        _dpo,
-        lambda recipe: recipe.dpo is not None,
-        _constraints,
-        _check_dpo,
-    ),
+    _training_stage("distill", also=_development("distill")),
+    _training_stage("recover", also=_development("recover")),
+    _training_stage("finish", also=_development("finish")),
+    _training_stage("sft", check=_check_post("sft")),
+    _training_stage("dpo", _dpo, also=_constraints, check=_check_dpo),
     Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate, check=_check_evaluate),
     Stage("report", (*MODEL_STAGES, "evaluate"), ("name", "report"), _report),
 )

@@ -37,7 +37,9 @@ class HeldOut(Dataset[Any]):
         world_size: int = 1,
     ) -> None:
         self._batches = [collate([rows[row] for row in numbers], tokens, numbers) for numbers in plan]
-        self._teacher, self._rank, self._world_size = teacher, rank, world_size
+        self._teacher: Teacher | None = teacher
+        self._teacher_head = teacher.head
+        self._rank, self._world_size = rank, world_size
         self._states: dict[int, Tensor] = {}
 
     def __len__(self) -> int:
@@ -66,15 +68,22 @@ class HeldOut(Dataset[Any]):
             if not counts:
                 continue
             metrics = divergence_metrics(
-                hidden_TD.to(head.weight_VD.dtype), teacher_TD, **head_arguments(head, self._teacher.head)
+                hidden_TD.to(head.weight_VD.dtype), teacher_TD, **head_arguments(head, self._teacher_head)
             )
             for index, values in enumerate((metrics.kl, metrics.top1, metrics.top5)):
                 totals[index] += values.double().sum()
             totals[3] += metrics.kl.numel()
         return totals
 
+    def release_teacher(self, device: torch.device) -> None:
+        """Have all of the teacher's states said now, so that its model need not stay in memory."""
+        for number, batch in enumerate(self._batches):
+            self._teacher_states(number, batch.to(device))
+        self._teacher = None
+
     def _teacher_states(self, number: int, batch: Batch) -> Tensor:
         if number not in self._states:
+            assert self._teacher is not None
             self._states[number] = self._teacher.states(batch).cpu()
         return self._states[number].to(batch.input_ids.device)
 

@@ -20,10 +20,10 @@ from regrow.training.lora import add_adapters, merged_tensors
 from regrow.training.memory import memory_errors, peak_memory_bytes
 from regrow.training.post_settings import PostSettings
 from regrow.training.post_steps import PostData, PostSteps
-from regrow.training.rows import collate, plan_held_out, usable_rows
+from regrow.training.rows import plan_held_out, usable_rows
 from regrow.training.settings import CorpusSpec
 from regrow.training.student import load_dtype, set_precision, stored_dtypes
-from regrow.training.teacher import KeptTeacher
+from regrow.training.teacher import LiveTeacher
 
 
 @dataclass(frozen=True)
@@ -79,18 +79,19 @@ def run_post(
     )
     held_rows, notes = usable_rows(held.rows, "all", "held-out text")
     plan, num_held = plan_held_out(held_rows, batch_tokens=2_048, max_tokens=settings.held_out_tokens)
-    batches = [collate([held_rows[row] for row in numbers], "all", numbers) for numbers in plan]
     with memory_errors(_remedies(settings)):
-        kept = KeptTeacher(
+        live = LiveTeacher(
             load_model(
                 teacher,
                 dtype="float32" if settings.precision == "fp32" else "bfloat16",
                 device=device,
                 trust_remote_code=settings.trust_remote_code,
-            ),
-            batches,
-            device,
+            )
         )
+        num_vocabulary = live.head.weight_VD.shape[0]
+        measured = HeldOut(held_rows[:num_held], plan, "all", live)
+        measured.release_teacher(device)
+        del live
         model = load_model(
             student,
             dtype=load_dtype(settings.precision),
@@ -98,7 +99,7 @@ def run_post(
             trust_remote_code=settings.trust_remote_code,
         )
         check_head(model)
-        if kept.head.weight_VD.shape[0] != head_of(model).weight_VD.shape[0]:
+        if num_vocabulary != head_of(model).weight_VD.shape[0]:
             raise UserError(
                 f"The vocabularies of {student} and {teacher} differ; use the model's own parent."
             )
@@ -114,7 +115,6 @@ def run_post(
             seed=settings.seed,
             fp32_adapters=settings.precision != "bf16",
         )
-        measured = HeldOut(held_rows[:num_held], plan, "all", kept)
         steps = PostSteps(method.figures, module, data, measured, device, settings)
         try:
             trainer = method.trainer(module, tokenizer, data.columns, steps)

@@ -57,25 +57,6 @@ class LiveTeacher:
         return final_hidden(self.model, batch.input_ids)[batch.positions]
 
 
-class KeptTeacher:
-    """A teacher that has said all it will be asked; its model need not stay in memory.
-
-    Args:
-        model: the causal language model.
-        batches: all that it will be asked about.
-        device: where the model is; the states are kept on the CPU.
-    """
-
-    def __init__(self, model: nn.Module, batches: Sequence[Batch], device: torch.device) -> None:
-        live = LiveTeacher(model)
-        self.head = live.head
-        self._states = {batch.rows: live.states(batch.to(device)).cpu() for batch in batches}
-
-    def states(self, batch: Batch) -> Tensor:
-        """The states of one of the batches, on the CPU."""
-        return self._states[batch.rows]
-
-
 class CachedTeacher:
     """States from a store; the output layer is the student's, or loaded without the rest of the model.
 

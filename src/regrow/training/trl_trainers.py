@@ -44,36 +44,33 @@ class PlannedDpo(_Planned, DPOTrainer):
 
 def sft_trainer(model: Any, tokenizer: Any, args: Any, columns: dict[str, Any], callback: Any) -> Any:
     """An SFTTrainer for a PEFT model; the loss is the mean over the labelled tokens of a whole step."""
-    trainer = PlannedSft(
-        model=model,
-        args=args,
-        data_collator=DataCollatorForLanguageModeling(pad_token_id=_PAD),
-        train_dataset=Dataset.from_dict(columns),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
-    return _quiet(trainer)
+    collate = DataCollatorForLanguageModeling(pad_token_id=_PAD)
+    return _trainer(PlannedSft, collate, model, tokenizer, args, columns, callback)
 
 
 def dpo_trainer(model: Any, tokenizer: Any, args: Any, columns: dict[str, Any], callback: Any) -> Any:
     """A DPOTrainer for a PEFT model whose reference is the same model with its adapters off."""
-    trainer = PlannedDpo(
-        model=model,
-        args=args,
-        data_collator=DataCollatorForPreference(pad_token_id=_PAD),
-        train_dataset=Dataset.from_dict(columns),
-        processing_class=tokenizer,
-        callbacks=[callback],
-    )
+    collate = DataCollatorForPreference(pad_token_id=_PAD)
+    trainer = _trainer(PlannedDpo, collate, model, tokenizer, args, columns, callback)
     # TRL keeps a copy of a PEFT model's adapters as the reference. Fresh adapters add nothing, so the model
     # without any is the same reference; TRL takes it where there is no such copy.
     if REFERENCE in model.peft_config:
         model.delete_adapter(REFERENCE)
-    return _quiet(trainer)
+    return trainer
 
 
-def _quiet(trainer: Any) -> Any:
-    """No prints; TensorBoard's files in the run's work folder."""
+def _trainer(
+    kind: Any, collate: Any, model: Any, tokenizer: Any, args: Any, columns: dict[str, Any], callback: Any
+) -> Any:
+    """A trainer that prints nothing and keeps TensorBoard's files in the run's work folder."""
+    trainer = kind(
+        model=model,
+        args=args,
+        data_collator=collate,
+        train_dataset=Dataset.from_dict(columns),
+        processing_class=tokenizer,
+        callbacks=[callback],
+    )
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
