@@ -1,12 +1,11 @@
-"""Batched generation in which no step is spent on a finished answer.
+"""Batched generation in which no step is spent on a finished answer, and few on what can be guessed.
 
-A finished sequence leaves the batch at once and a waiting one takes its place, prompts of like length are
-read together, and only the last position goes through the head. The text equals one-by-one generation up to
-rounding (in fp32: the same text).
+A finished sequence leaves the batch at once and a waiting one takes its place, and prompts of like length are
+read together. Where the model allows it (`modeling/packed.py`), a step also judges guesses of the next tokens
+(`modeling/lookup.py`). The text equals one-by-one generation up to rounding (in fp32: the same text).
 """
 
 import contextlib
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,8 @@ from torch import Tensor
 
 from regrow.data.templates import render_prompt, turn_end_ids
 from regrow.errors import RunError, UserError
-from regrow.modeling.hidden import causal_model
-from regrow.modeling.row_attention import row_attention
-from regrow.modeling.row_cache import RowCache
+from regrow.modeling.decoders import open_decoder
+from regrow.modeling.lookup import Lookup
 from regrow.modeling.sampling import greedy_tokens, sample_tokens, uniform_stream
 from regrow.progress import Progress
 
@@ -49,8 +47,10 @@ class _Row:
     """A sequence in flight."""
 
     index: int
+    lookup: Lookup
+    uniforms: Tensor | None
     tokens: list[int] = field(default_factory=list)
-    uniforms: Tensor | None = None
+    guess: list[int] = field(default_factory=list)
 
 
 def generate_responses(
@@ -97,13 +97,30 @@ def generate_responses(
     def uniforms(index: int) -> Tensor | None:
         return uniform_stream(seed, index, max_new_tokens) if do_sample else None
 
-    def choose(logits_BV: Tensor, rows: list[_Row]) -> list[int]:
+    def choose(logits_NV: Tensor, rows: list[_Row]) -> list[int]:
+        """The token that follows each position of each row's new tokens."""
         if not do_sample:
-            return greedy_tokens(logits_BV).tolist()
-        numbers = torch.stack([row.uniforms[len(row.tokens)] for row in rows if row.uniforms is not None])
+            return greedy_tokens(logits_NV).tolist()
+        numbers = torch.cat(
+            [
+                row.uniforms[len(row.tokens) : len(row.tokens) + 1 + len(row.guess)]
+                for row in rows
+                if row.uniforms is not None
+            ]
+        )
         return sample_tokens(
-            logits_BV, numbers.to(logits_BV.device), temperature=temperature, top_p=top_p
+            logits_NV, numbers.to(logits_NV.device), temperature=temperature, top_p=top_p
         ).tolist()
+
+    def accept(row: _Row, chosen: list[int]) -> int:
+        """Append the chosen tokens as far as the guesses before them were right; returns how many."""
+        right = 0
+        while right < len(row.guess) and chosen[right] == row.guess[right] and chosen[right] not in end_ids:
+            right += 1
+        row.tokens += chosen[: right + 1]
+        row.lookup.extend(chosen[: right + 1])
+        row.lookup.judge(right)
+        return right + 1
 
     def finish(row: _Row) -> None:
         ended = row.tokens[-1] in end_ids
@@ -117,22 +134,24 @@ def generate_responses(
             bar.advance(1)
 
     title = contextlib.nullcontext() if progress is None else Progress(progress, len(prompts), "answers")
-    with _evaluating(model), row_attention(causal_model(model)) as grouped, title as bar:
+    with _evaluating(model), open_decoder(model, min(batch_size, len(prompts))) as decoder, title as bar:
         waiting = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-        decoder = _Decoder(model, min(batch_size, len(prompts)), grouped)
         rows: list[_Row] = []
         while waiting or rows:
             room = batch_size - len(rows)
             if waiting and (not rows or room >= max(batch_size // 8, 1)):
                 group = _next_group(waiting, prompts, room)
-                new = [_Row(index, uniforms=uniforms(index)) for index in group]
+                new = [_Row(index, Lookup(prompts[index]), uniforms(index)) for index in group]
                 logits = decoder.read([prompts[index] for index in group])
                 rows += new
             else:
                 new = rows
-                logits = decoder.step([row.tokens[-1] for row in rows])
-            for row, token in zip(new, choose(logits, new), strict=True):
-                row.tokens.append(token)
+                for row in rows:
+                    most = max_new_tokens - len(row.tokens) - 1
+                    row.guess = row.lookup.guess(most) if decoder.takes_guesses else []
+                logits = decoder.step([[row.tokens[-1], *row.guess] for row in rows])
+            chosen = iter(choose(logits, new))
+            decoder.advance([accept(row, [next(chosen) for _ in range(1 + len(row.guess))]) for row in new])
             done = [row.tokens[-1] in end_ids or len(row.tokens) >= max_new_tokens for row in rows]
             if any(done):
                 kept = [position for position, is_done in enumerate(done) if not is_done]
@@ -172,61 +191,6 @@ def encode_prompt(tokenizer: Any, conversation: Conversation, enable_thinking: b
     if not ids:
         raise UserError("A prompt has no tokens; leave it out.")
     return ids
-
-
-class _Decoder:
-    """The model with its cache: prompts in, logits of the next token out."""
-
-    def __init__(self, model: Any, max_rows: int, grouped: bool) -> None:
-        self._model = model
-        self._grouped = grouped
-        self._device = next(model.parameters()).device
-        self._config = causal_model(model).config
-        self._max_rows = max_rows
-        self._cache = RowCache(self._config, max_rows)
-        # transformers 5.24 renamed the argument
-        parameters = inspect.signature(causal_model(model).forward).parameters
-        self._cache_name = "cache" if "cache" in parameters else "past_key_values"
-
-    def read(self, prompts: list[list[int]]) -> Tensor:
-        """Read prompts into new rows behind the others; logits [prompts, V] of their first answer token."""
-        lengths = [len(prompt) for prompt in prompts]
-        width = max(lengths)
-        # left padding: linear-attention states must not decay over pads after the prompt
-        input_ids = torch.tensor([[0] * (width - len(prompt)) + prompt for prompt in prompts])
-        starts = torch.tensor([width - length for length in lengths])[:, None]
-        columns = torch.arange(width)
-        fresh = RowCache(self._config, len(prompts))
-        logits = self._forward(input_ids, columns >= starts, (columns - starts).clamp(min=0), fresh)
-        self._cache.absorb(fresh.filled(lengths))
-        return logits
-
-    def step(self, tokens: list[int]) -> Tensor:
-        """Append one token to every row; logits [rows, V] of the next."""
-        self._cache.reserve()
-        mask, positions = self._cache.next_inputs()
-        groups = {"row_groups": self._cache.row_groups()} if self._grouped else {}
-        logits = self._forward(torch.tensor(tokens)[:, None], mask, positions, self._cache, **groups)
-        self._cache.advance()
-        return logits
-
-    def keep(self, rows: list[int]) -> None:
-        """Drop every row that is not in the list (see `RowCache.keep`)."""
-        self._cache.keep(rows)
-
-    def _forward(
-        self, input_ids: Tensor, mask: Tensor, positions: Tensor, cache: RowCache, **options: Any
-    ) -> Tensor:
-        output = self._model(
-            input_ids=input_ids.to(self._device),
-            attention_mask=mask.to(self._device, torch.long),
-            position_ids=positions.to(self._device),
-            use_cache=True,
-            logits_to_keep=1,
-            **{self._cache_name: cache},
-            **options,
-        )
-        return output.logits[:, -1]
 
 
 def _next_group(waiting: list[int], prompts: list[list[int]], room: int) -> list[int]:

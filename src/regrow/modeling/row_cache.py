@@ -5,6 +5,7 @@ CPU) and can only drop rows by copying all the others. Here keys and values lie 
 a step writes one column, later rows close the gap of a finished one, new rows are written behind.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,7 +15,6 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Linea
 from regrow.errors import UserError
 
 _GROWTH_COLUMNS = 256
-_GROUP_ROWS = 8
 
 
 class _BufferLayer(CacheLayerMixin):
@@ -92,12 +92,6 @@ class RowCache(Cache):
         starts = torch.tensor(self.starts)[:, None]
         return torch.arange(self.begin, self.end + 1) >= starts, self.end - starts
 
-    def row_groups(self) -> list[tuple[int, int, int]]:
-        """(first row, last row + 1, first column in use) of groups of neighbouring rows."""
-        edges = range(0, self.num_rows, _GROUP_ROWS)
-        rows = [(first, min(first + _GROUP_ROWS, self.num_rows)) for first in edges]
-        return [(first, last, min(self.starts[first:last]) - self.begin) for first, last in rows]
-
     def advance(self) -> None:
         """Count the column that the forward pass has just written."""
         self.end += 1
@@ -140,7 +134,7 @@ class RowCache(Cache):
         self.starts += [self.end - (other.end - start) for start in other.starts]
         self.begin = min(self.starts)
 
-    def keep(self, rows: list[int]) -> None:
+    def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows (ascending positions), in their order: old rows first, the newest last."""
         for layer in self._buffers():
             for target, source in enumerate(rows):
@@ -188,7 +182,7 @@ def _append_states(layer: Any, source: Any, keep: int) -> None:
     layer.dtype, layer.device = source.dtype, source.device
 
 
-def _select_states(layer: Any, rows: list[int]) -> None:
+def _select_states(layer: Any, rows: Sequence[int]) -> None:
     for states in (layer.conv_states, layer.recurrent_states):
         for key, tensor in states.items():
             if tensor is not None:

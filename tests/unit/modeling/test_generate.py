@@ -39,9 +39,12 @@ def one_by_one(model, tokenizer, prompt, max_new_tokens):
     return tokens[:-1] if tokens[-1] in ends else tokens
 
 
-@pytest.mark.parametrize("family", [*VARIANTS, "qwen3_5_text"])
+@pytest.mark.parametrize("family", [*VARIANTS, "qwen3_5_text", "llama in lockstep"])
 def test_greedy_text_equals_one_by_one_generation(family, tokenizer, monkeypatch):
-    monkeypatch.setattr("regrow.modeling.row_cache._GROUP_ROWS", 2)  # several groups in a batch of three
+    family, _, lockstep = family.partition(" ")
+    if lockstep:
+        monkeypatch.setattr("regrow.modeling.decoders.can_pack", lambda causal: False)
+    monkeypatch.setattr("regrow.modeling.packed._GROUP_ROWS", 2)  # several groups in a batch of three
     model = tiny_model(family)
     model.generation_config.eos_token_id = END_IDS
     prompts = random_prompts(7)
@@ -53,7 +56,7 @@ def test_greedy_text_equals_one_by_one_generation(family, tokenizer, monkeypatch
 
 def test_sliding_window_with_rows_of_different_age(tokenizer, monkeypatch):
     """A window of 8 columns, so that a wrong distance between columns changes the text."""
-    monkeypatch.setattr("regrow.modeling.row_cache._GROUP_ROWS", 2)
+    monkeypatch.setattr("regrow.modeling.packed._GROUP_ROWS", 2)
     config = tiny_config("mistral")
     config.sliding_window = 8
     torch.manual_seed(0)
@@ -80,6 +83,7 @@ def test_cache_grows_beyond_its_first_buffers(tokenizer, monkeypatch):
 
 def test_finished_rows_leave_and_waiting_ones_enter(tokenizer, monkeypatch):
     """Computed rows stay near the tokens written: nothing is spent on finished answers."""
+    monkeypatch.setattr("regrow.modeling.decoders.can_pack", lambda causal: False)  # a row in, a token out
     model = tiny_model("llama")
     model.generation_config.eos_token_id = END_IDS
     computed = []
@@ -97,6 +101,46 @@ def test_finished_rows_leave_and_waiting_ones_enter(tokenizer, monkeypatch):
     assert decoded == sum(response.num_tokens for response in responses) - first_tokens
     steps = sum(shape[1] == 1 for shape in computed)
     assert steps < 1.2 * decoded / 8  # the batch stays full until the end
+
+
+@pytest.mark.parametrize("do_sample", [False, True])
+def test_right_guesses_save_passes_and_wrong_ones_change_nothing(tokenizer, monkeypatch, do_sample):
+    model = tiny_model("llama")
+    model.generation_config.eos_token_id = END_IDS
+    passes = []
+    forward = type(model).forward
+
+    def counting(self, *args, **kwargs):
+        passes.append(kwargs["input_ids"].shape[1])
+        return forward(self, *args, **kwargs)
+
+    def run(guess):
+        passes.clear()
+        monkeypatch.setattr("regrow.modeling.lookup.Lookup.guess", guess)
+        answers = generate_responses(
+            model, tokenizer, prompts, max_new_tokens=40, batch_size=8, do_sample=do_sample, progress=None
+        )
+        return answers, len(passes)
+
+    monkeypatch.setattr(type(model), "forward", counting)
+    prompts = random_prompts(20)
+    expected, most = run(lambda self, most: [])
+    told = {tuple(encode_prompt(tokenizer, p, None)): r.token_ids for p, r in zip(prompts, expected, strict=True)}
+
+    def know(self, most):
+        for prompt, answer in told.items():
+            if tuple(self._tokens[: len(prompt)]) == prompt:
+                place = len(self._tokens) - len(prompt)
+                self._guessed = len(answer[place : place + min(most, 5)])
+                return answer[place : place + min(most, 5)]
+        raise AssertionError
+
+    right, fewest = run(know)
+    assert right == expected
+    assert fewest < most / 3
+    wrong, count = run(lambda self, most: [7, 8, 9][:most])
+    assert wrong == expected
+    assert count == pytest.approx(most, abs=3)
 
 
 def test_responses_say_how_they_ended(tokenizer):
