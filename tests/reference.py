@@ -154,3 +154,59 @@ def naive_linear_divergence(
     blocks = zip(slope.split(4096, dim=1), student_head.split(4096), strict=True)
     hidden_grad = sum(part @ block.double() for part, block in blocks)
     return loss.detach(), hidden_grad, slope.T @ student_hidden.double(), slope.sum(0)
+
+
+def naive_sparse_targets(logits, num_entries, temperature=1.0):
+    """Ids and log-probabilities of each token's most likely entries, from fp64 logits"""
+    log_p = torch.log_softmax(logits / temperature, -1)
+    ids = torch.sort(log_p, descending=True, stable=True, dim=-1).indices[:, :num_entries]
+    return ids, log_p.gather(1, ids)
+
+
+def naive_sparse_kl(kind, log_q, ids, log_p):
+    """Value per token [T], one token at a time; log_q [T, V] all of the student, ids and log_p [T, K]."""
+    values = []
+    for row, kept, known in zip(log_q, ids.long(), log_p.double(), strict=True):
+        distance = known - row[kept]
+        if kind == "sampled":
+            values.append(distance.mean())
+            continue
+        others = [v for v in range(len(row)) if v not in set(kept.tolist())]
+        value = (known.exp() * distance).sum()
+        if others and (rest := 1 - known.exp().sum()) > 0:
+            value = value + rest * (rest.log() - torch.logsumexp(row[others], 0))
+        values.append(value)
+    return torch.stack(values) if values else log_q.sum(-1)
+
+
+def naive_sparse_linear_kl(
+    kind,
+    hidden,
+    head,
+    ids,
+    log_p,
+    *,
+    temperature=1.0,
+    weights=None,
+    normalizer=None,
+    labels=None,
+    label_weight=0.0,
+    ignore_index=-100,
+    **options,
+):
+    """Loss and its gradients with respect to student's hidden states, head and bias, all by fp64 autograd.
+
+    `options` are keyword arguments of `naive_logits`.
+    """
+    bias = options.pop("bias", None)
+    bias = (torch.zeros(len(head)) if bias is None else bias).detach().double().requires_grad_()
+    hidden, head = (tensor.detach().double().requires_grad_() for tensor in (hidden, head))
+    logits = naive_logits(hidden, head, bias=bias, **options)
+    per_token = naive_sparse_kl(kind, torch.log_softmax(logits / temperature, -1), ids, log_p)
+    if labels is not None:
+        nll = torch.nn.functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")
+        per_token = per_token + label_weight * nll
+    weights = torch.ones(len(per_token)) if weights is None else weights
+    total = weights.double().sum() if normalizer is None else normalizer
+    loss = (weights.double() * per_token).sum() / total
+    return loss.detach(), *torch.autograd.grad(loss, (hidden, head, bias))

@@ -72,8 +72,13 @@ def contradiction(section: Any) -> str | None:
     """
     if section.patience is not None and section.select_by == "last":
         return "patience needs something to wait for; set select_by, or leave patience out"
-    if section.teacher_mode == "cached" and section.on_policy_fraction:
+    if section.teacher_mode != "live" and section.on_policy_fraction:
         return "on_policy_fraction needs a live teacher; set teacher_mode: live"
+    if section.teacher_mode in ("top_k", "sampled") and section.loss != "forward_kl":
+        return (
+            f"teacher_mode {section.teacher_mode} knows too little of the teacher for loss {section.loss}; "
+            "set loss: forward_kl or another teacher_mode"
+        )
     return None
 
 
@@ -120,7 +125,8 @@ class Training(Optimisation):
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     batch_tokens: Positive = 2_048
     gradient_accumulation_steps: Positive = 1
-    teacher_mode: Literal["live", "cached"] = "live"
+    teacher_mode: Literal["live", "cached", "top_k", "sampled"] = "live"
+    teacher_entries: Positive = 64
     loss_chunk_tokens: Positive | None = None
     save_steps: Positive | None = None
     select_by: Literal["held_out_kl", "development", "last"] = "held_out_kl"

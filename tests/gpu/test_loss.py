@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from reference import naive_linear_divergence
-from regrow.losses import LOSSES, divergence_metrics
+from reference import naive_linear_divergence, naive_logits, naive_sparse_linear_kl
+from regrow.losses import LOSSES, divergence_metrics, sparse_linear_kl, sparse_targets
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,3 +58,27 @@ def test_metrics_equal_those_of_the_cpu():
     found = divergence_metrics(student.cuda(), teacher.cuda(), head.cuda(), head.cuda())
     torch.testing.assert_close(found.kl.cpu(), expected.kl, rtol=1e-3, atol=1e-5)
     assert torch.equal(found.top1.cpu(), expected.top1)
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_sparse_targets_and_their_loss_equal_the_oracle(kind, dtype):
+    torch.manual_seed(0)
+    head = torch.randn(5003, 64).to(dtype)
+    teacher = (torch.randn(37, 64) * 0.3).to(dtype)
+    student = (teacher.float() + 0.05 * torch.randn(37, 64)).to(dtype)
+    uniforms = torch.rand(37, 20, dtype=torch.float64)
+    targets = sparse_targets(
+        teacher.cuda(), head.cuda(), kind=kind, num_entries=20, uniforms_TK=uniforms, chunk_tokens=10
+    ).to("cpu")
+    log_p = torch.log_softmax(naive_logits(teacher, head), -1).gather(1, targets.token_ids_TK.long())
+    torch.testing.assert_close(targets.log_probs_TK.double(), log_p, rtol=0, atol=1e-2)
+    hidden = student.cuda().requires_grad_()
+    output = sparse_linear_kl(hidden, head.cuda(), targets.to("cuda"), chunk_tokens=10)
+    output.loss.backward()
+    loss, gradient, *_ = naive_sparse_linear_kl(
+        kind, student, head, targets.token_ids_TK, targets.log_probs_TK
+    )
+    tolerance = 1e-3 if dtype == torch.float32 else 1e-2
+    assert output.loss.item() == pytest.approx(loss.item(), rel=tolerance, abs=1e-4)
+    assert ((hidden.grad.double().cpu() - gradient).norm() / gradient.norm()).item() < tolerance

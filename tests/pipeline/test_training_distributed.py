@@ -95,9 +95,10 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert_close(tmp_path / "one", tmp_path / "resumed", case["student"])
 
 
-def test_cached_teacher_is_filled_by_all_processes(tmp_path):
+@pytest.mark.parametrize("mode", ["cached", "sampled"])
+def test_stores_are_filled_by_all_processes(tmp_path, mode):
     case = make_case(tmp_path)
-    cached = SETTINGS | {"teacher_mode": "cached", "precision": "bf16_mixed"}
+    cached = SETTINGS | {"teacher_mode": mode, "precision": "bf16_mixed"}
     one = distill(
         **case,
         out=tmp_path / "one",

@@ -1,10 +1,12 @@
-"""Divergences between two models over the full vocabulary, from hidden states, in chunks."""
+"""Divergences between two models from hidden states, in chunks; the teacher may be a few stored entries."""
 
 from collections.abc import Callable
 from functools import partial
 
-from regrow.losses.fused import LossOutput, fused_linear_divergence
+from regrow.losses.chunks import LossOutput
+from regrow.losses.fused import fused_linear_divergence
 from regrow.losses.metrics import TokenMetrics, divergence_metrics
+from regrow.losses.sparse import SparseTargets, sparse_linear_kl, sparse_targets
 
 fused_linear_kl: Callable[..., LossOutput] = partial(fused_linear_divergence, divergence="forward_kl")
 fused_linear_reverse_kl: Callable[..., LossOutput] = partial(fused_linear_divergence, divergence="reverse_kl")
@@ -21,6 +23,7 @@ LOSSES: dict[str, Callable[..., LossOutput]] = {
 __all__ = [
     "LOSSES",
     "LossOutput",
+    "SparseTargets",
     "TokenMetrics",
     "divergence_metrics",
     "fused_linear_divergence",
@@ -28,4 +31,6 @@ __all__ = [
     "fused_linear_kl",
     "fused_linear_reverse_kl",
     "fused_linear_skewed_kl",
+    "sparse_linear_kl",
+    "sparse_targets",
 ]

@@ -123,6 +123,22 @@ def multiply(
     return Products((teacher_NV,), (difference_NV,), is_difference=True, refine=lossy)
 
 
+def multiply_one(hidden_ND: Tensor, head: LinearHead, scratch: Scratch) -> tuple[Tensor, ...]:
+    """One model's products with its head, as terms; as accurate as those of `multiply` with `exact`."""
+    return _Engine(scratch, None).terms("product", hidden_ND, head.weight, exact=True)
+
+
+def sum_terms(terms: tuple[Tensor, ...], rows: slice, name: str, scratch: Scratch) -> Tensor:
+    """fp32 sum of the terms' rows; takes the place of the first term where that is fp32."""
+    total_NV = terms[0][rows]
+    if total_NV.dtype != torch.float32:
+        total_NV = scratch.take(name, total_NV.shape, torch.float32).copy_(total_NV)
+    for term_NV in terms[1:]:
+        spare_NV = scratch.take("spare", total_NV.shape, torch.float32)
+        total_NV.add_(spare_NV.copy_(term_NV[rows]))
+    return total_NV
+
+
 def recompute(product_NV: Tensor, index_NK: Tensor, hidden_ND: Tensor, weight_VD: Tensor) -> None:
     """Recompute the products in the given columns in fp32, in place."""
     rows_NKD = weight_VD.index_select(0, index_NK.flatten()).float().view(*index_NK.shape, -1)

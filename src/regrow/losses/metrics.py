@@ -5,10 +5,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from regrow.losses.blocks import BlockOptions, BlockWorker, row_blocks
-from regrow.losses.fused import check_shapes, default_chunk_tokens
-from regrow.losses.logits import LinearHead, multiply
-from regrow.losses.scratch import Scratch
+from regrow.losses.blocks import BlockOptions, DenseWorker, row_blocks
+from regrow.losses.chunks import default_chunk_tokens
+from regrow.losses.fused import check_shapes
+from regrow.losses.logits import LinearHead
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,7 @@ def divergence_metrics(
     student = LinearHead(student_head_VD, student_bias, student_softcap, student_scale)
     teacher = LinearHead(teacher_head_VD, teacher_bias, teacher_softcap, teacher_scale)
     options = BlockOptions(divergence=None, ignore_index=ignore_index, agreement=True, entropies=True)
-    scratch = Scratch(student_head_VD.device)
-    worker = BlockWorker(student, teacher, options, scratch)
+    worker = DenseWorker(student, teacher, options, exact=precision == "exact")
     num_tokens, vocab_size = student_hidden_TD.shape[0], student_head_VD.shape[0]
     device = student_hidden_TD.device
     names = ["kl", "top1_agreement", "top5_agreement", "entropy_student", "entropy_teacher"]
@@ -75,18 +74,11 @@ def divergence_metrics(
     with torch.autocast(device.type, enabled=False):
         for begin in range(0, num_tokens, size):
             chunk = slice(begin, begin + size)
-            teacher_ND = teacher_hidden_TD[chunk]
+            student_ND = student_hidden_TD[chunk]
             labels_N = None if labels_T is None else labels_T[chunk]
-            products = multiply(
-                student_hidden_TD[chunk],
-                teacher_ND,
-                student,
-                teacher,
-                exact=precision == "exact",
-                scratch=scratch,
-            )
-            for rows in row_blocks(teacher_ND.shape[0], vocab_size, device):
-                figures = worker.run(products, rows, teacher_ND, labels_N).figures
+            worker.start(student_ND, teacher_hidden_TD[chunk])
+            for rows in row_blocks(student_ND.shape[0], vocab_size, device):
+                figures = worker.run(rows, labels_N).figures
                 for name in names:
                     columns[name][begin + rows.start : begin + rows.stop] = figures[name]
     return TokenMetrics(

@@ -280,7 +280,7 @@ def _teachers(
     work_dir: Path,
     notes: list[str],
 ) -> tuple[Teacher, Teacher]:
-    """Where the teacher's states come from, for the corpus and for the held-out text."""
+    """Where the teacher's targets come from, for the corpus and for the held-out text."""
     student_head = head_of(model)
 
     def load_teacher() -> PreTrainedModel:
@@ -297,7 +297,7 @@ def _teachers(
             )
         return loaded
 
-    if settings.teacher_mode == "cached":
+    if settings.teacher_mode != "live":
         return cached_teacher(
             readers, student_head, rows, plans, hashes, load_teacher, args, settings, work_dir, notes
         )

@@ -8,22 +8,23 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from regrow.data.templates import Encoded
-from regrow.losses import divergence_metrics
+from regrow.losses import SparseTargets, divergence_metrics, sparse_linear_kl
 from regrow.modeling.hidden import Head
+from regrow.training.forms import Targets
 from regrow.training.rows import Batch, Tokens, collate
 from regrow.training.student import head_arguments
 from regrow.training.teacher import Teacher
 
 
 class HeldOut(Dataset[Any]):
-    """A fixed set of held-out micro-batches with the teacher's states, which are computed once.
+    """A fixed set of held-out micro-batches with the teacher's targets, which are computed once.
 
     Args:
         rows: held-out rows.
         plan: micro-batches of row numbers.
         tokens: which positions count.
-        teacher: gives the states; they are kept in memory as bf16 (2 D bytes per token), or in fp32 where the
-            teacher runs in fp32.
+        teacher: gives the targets, which are kept in memory: hidden states as bf16 (2 D bytes per token), or
+            in fp32 where the teacher runs in fp32; or its most likely tokens (8 K bytes).
         rank, world_size: each process measures its share.
     """
 
@@ -40,7 +41,7 @@ class HeldOut(Dataset[Any]):
         self._teacher: Teacher | None = teacher
         self._teacher_head = teacher.head
         self._rank, self._world_size = rank, world_size
-        self._states: dict[int, Tensor] = {}
+        self._targets: dict[int, Targets] = {}
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -64,28 +65,33 @@ class HeldOut(Dataset[Any]):
             counts = number < len(self._batches)
             batch = self._batches[number if counts else 0].to(device)
             hidden_TD = student(batch.input_ids)[batch.positions]
-            teacher_TD = self._teacher_states(number if counts else 0, batch)
+            targets = self._teacher_targets(number if counts else 0, batch)
             if not counts:
                 continue
-            metrics = divergence_metrics(
-                hidden_TD.to(head.weight_VD.dtype), teacher_TD, **head_arguments(head, self._teacher_head)
-            )
-            for index, values in enumerate((metrics.kl, metrics.top1, metrics.top5)):
+            hidden_TD = hidden_TD.to(head.weight_VD.dtype)
+            heads = head_arguments(student=head, teacher=self._teacher_head)
+            if isinstance(targets, SparseTargets):
+                sums = sparse_linear_kl(hidden_TD, targets=targets, return_metrics=True, **heads).metrics
+                measured = (sums["kl"], sums["top1_agreement"], sums["top5_agreement"])
+            else:
+                metrics = divergence_metrics(hidden_TD, targets, **heads)
+                measured = (metrics.kl, metrics.top1, metrics.top5)
+            for index, values in enumerate(measured):
                 totals[index] += values.double().sum()
-            totals[3] += metrics.kl.numel()
+            totals[3] += hidden_TD.shape[0]
         return totals
 
     def release_teacher(self, device: torch.device) -> None:
-        """Have all of the teacher's states said now, so that its model need not stay in memory."""
+        """Have all that the teacher has to say said now, so that its model need not stay in memory."""
         for number, batch in enumerate(self._batches):
-            self._teacher_states(number, batch.to(device))
+            self._teacher_targets(number, batch.to(device))
         self._teacher = None
 
-    def _teacher_states(self, number: int, batch: Batch) -> Tensor:
-        if number not in self._states:
+    def _teacher_targets(self, number: int, batch: Batch) -> Targets:
+        if number not in self._targets:
             assert self._teacher is not None
-            self._states[number] = self._teacher.states(batch).cpu()
-        return self._states[number].to(batch.input_ids.device)
+            self._targets[number] = self._teacher.targets(batch).to("cpu")
+        return self._targets[number].to(batch.input_ids.device)
 
 
 def figures(totals: Tensor) -> dict[str, float]:

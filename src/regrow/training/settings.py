@@ -25,7 +25,9 @@ class TrainingSettings:
         gradient_accumulation_steps: micro-batches per step and process.
         gradient_checkpointing: recompute activations in the backward pass.
         precision: `"bf16_mixed"` (fp32 trained weights, bf16 products), `"bf16"`, `"fp32"`.
-        teacher_mode: `"live"`, or `"cached"`: final hidden states from disk.
+        teacher_mode: `"live"`, or from disk: `"cached"`, final hidden states; `"top_k"`, its most likely
+            tokens; `"sampled"`, draws from it.
+        teacher_entries: tokens or draws that `top_k` and `sampled` keep per predicted token.
         loss_chunk_tokens: tokens per chunk of the loss; None chooses.
         eval_steps, save_steps: None is a tenth of `max_steps`.
         select_by: whose weights are given back, the untrained ones included: those with the lowest
@@ -64,7 +66,8 @@ class TrainingSettings:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
-    teacher_mode: Literal["live", "cached"] = "live"
+    teacher_mode: Literal["live", "cached", "top_k", "sampled"] = "live"
+    teacher_entries: int = 64
     loss_chunk_tokens: int | None = None
     eval_steps: int | None = None
     save_steps: int | None = None
@@ -122,7 +125,7 @@ _CHOICES = {
     "loss": ("forward_kl", "reverse_kl", "jsd", "skewed_kl"),
     "tokens": ("all", "response"),
     "precision": ("bf16_mixed", "bf16", "fp32"),
-    "teacher_mode": ("live", "cached"),
+    "teacher_mode": ("live", "cached", "top_k", "sampled"),
     "select_by": ("held_out_kl", "development", "last"),
     "on_spike": ("stop", "skip"),
     "device": ("auto", "cpu", "cuda"),
@@ -134,6 +137,7 @@ _POSITIVE = (
     "max_grad_norm",
     "batch_tokens",
     "gradient_accumulation_steps",
+    "teacher_entries",
     "loss_chunk_tokens",
     "eval_steps",
     "save_steps",

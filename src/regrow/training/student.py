@@ -132,15 +132,15 @@ def load_dtype(precision: str) -> str:
     return _DTYPE_NAMES[DTYPES[precision]]
 
 
-def head_arguments(student: Head, teacher: Head) -> dict[str, Any]:
-    """The two output layers as the keyword arguments of a loss."""
-    return {
-        "student_head_VD": student.weight_VD,
-        "teacher_head_VD": teacher.weight_VD,
-        "student_bias": student.bias_V,
-        "teacher_bias": teacher.bias_V,
-        "student_softcap": student.softcap,
-        "teacher_softcap": teacher.softcap,
-        "student_scale": student.scale,
-        "teacher_scale": teacher.scale,
-    }
+def head_arguments(**sides: Head | None) -> dict[str, Any]:
+    """The output layers of `student` and `teacher`, where there are, as the keyword arguments of a loss."""
+    arguments: dict[str, Any] = {}
+    for side, head in sides.items():
+        if head is not None:
+            arguments |= {
+                f"{side}_head_VD": head.weight_VD,
+                f"{side}_bias": head.bias_V,
+                f"{side}_softcap": head.softcap,
+                f"{side}_scale": head.scale,
+            }
+    return arguments

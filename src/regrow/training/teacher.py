@@ -1,9 +1,11 @@
-"""Where the teacher's final hidden states come from: a frozen model that runs along, or a store on disk."""
+"""Where what the student learns from comes from: a frozen model that runs along, or a store on disk."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -15,20 +17,23 @@ from regrow.data.templates import Encoded
 from regrow.errors import UserError
 from regrow.modeling.hidden import Head, causal_model, final_hidden, head_of
 from regrow.progress import Progress
+from regrow.training.forms import Form, HiddenForm, SparseForm, Targets
 from regrow.training.rows import Batch, Plan, Tokens, collate
 from regrow.training.settings import TrainingSettings
-from regrow.training.states import StateStore
+from regrow.training.store import TokenStore
+
+_TEXTS = {"corpus": "corpus", "held_out": "held-out text"}
 
 
 class Teacher(Protocol):
-    """Gives, for a micro-batch, the teacher's states at the positions that count."""
+    """Gives, for a micro-batch, what is known of the teacher at the positions that count."""
 
     @property
-    def head(self) -> Head:
-        """The teacher's output layer."""
+    def head(self) -> Head | None:
+        """The teacher's output layer; None where the targets are not hidden states."""
 
-    def states(self, batch: Batch) -> Tensor:
-        """Final hidden states [T, D] at `batch.positions`, in row-major order."""
+    def targets(self, batch: Batch) -> Targets:
+        """Final hidden states [T, D] or sparse targets at `batch.positions`, in row-major order."""
 
 
 class LiveTeacher:
@@ -52,31 +57,33 @@ class LiveTeacher:
         fully_shard(decoder)
 
     @torch.no_grad()
-    def states(self, batch: Batch) -> Tensor:
-        """Run the model."""
+    def targets(self, batch: Batch) -> Tensor:
+        """Run the model; final hidden states."""
         return final_hidden(self.model, batch.input_ids)[batch.positions]
 
 
 class CachedTeacher:
-    """States from a store; the output layer is the student's, or loaded without the rest of the model.
+    """Targets from a store.
 
     Args:
         store: filled by `fill_store`.
-        head: the teacher's output layer.
-        device: where the states are wanted.
+        form: what it holds.
+        head: the output layer that hidden states need (the student's, or loaded without its model), or None.
+        device: where the targets are wanted.
     """
 
-    def __init__(self, store: StateStore, head: Head, device: torch.device) -> None:
-        self._store, self.head, self._device = store, head, device
+    def __init__(self, store: TokenStore, form: Form, head: Head | None, device: torch.device) -> None:
+        self._store, self._form, self.head, self._device = store, form, head, device
 
-    def states(self, batch: Batch) -> Tensor:
+    def targets(self, batch: Batch) -> Targets:
         """Read the rows of the batch."""
-        states = torch.cat([self._store.read(row) for row in batch.rows])
-        return states.to(self._device, self.head.weight_VD.dtype, non_blocking=True)
+        records_T = np.concatenate([self._store.read(row) for row in batch.rows])
+        return self._form.decode(records_T).to(self._device)
 
 
 def fill_store(
-    store: StateStore,
+    store: TokenStore,
+    form: Form,
     rows: Sequence[Encoded],
     plan: Sequence[tuple[int, ...]],
     tokens: Tokens,
@@ -89,6 +96,7 @@ def fill_store(
 
     Args:
         store: the store.
+        form: what it keeps.
         rows: the corpus that the plan's numbers refer to.
         plan: micro-batches; each row is run in the first one that holds it.
         tokens: which positions are stored.
@@ -100,15 +108,16 @@ def fill_store(
         return 0
     teacher = make_teacher()
     total = sum(len(rows[row].input_ids) for row in missing)
-    with Progress("teacher's hidden states", total, "tokens") as progress:
+    with Progress("teacher", total, "tokens") as progress:
         for planned in plan:
             numbers = [row for row in dict.fromkeys(planned) if row in missing]
             if not numbers:
                 continue
             batch = collate([rows[row] for row in numbers], tokens, numbers).to(device)
             counts = batch.positions.sum(1).tolist()
-            for row, states in zip(numbers, teacher.states(batch).split(counts), strict=True):
-                store.write(row, states)
+            records_T = form.encode(teacher.targets(batch), teacher.head, numbers, counts)
+            for row, part in zip(numbers, np.split(records_T, np.cumsum(counts)[:-1]), strict=True):
+                store.write(row, part)
             missing.difference_update(numbers)
             progress.advance(batch.num_tokens)
     store.flush()
@@ -156,6 +165,26 @@ def teacher_head(
     return Head(head.weight_VD.detach().clone(), bias, head.softcap, head.scale)
 
 
+def store_forms(settings: TrainingSettings, head: Head | None, vocab_size: int) -> tuple[Form, Form]:
+    """What is kept of the corpus and of the held-out text.
+
+    The held-out KL is measured as everywhere, at temperature 1, and without the noise of draws.
+
+    Args:
+        settings: the run's.
+        head: the teacher's output layer where hidden states are kept.
+        vocab_size: V.
+    """
+    if head is not None:
+        hidden = HiddenForm(head.weight_VD.shape[1])
+        return hidden, hidden
+    entries = settings.teacher_entries
+    held_out = SparseForm("top_k", min(entries, vocab_size), temperature=1.0)
+    if settings.teacher_mode == "sampled":
+        return SparseForm("sampled", entries, settings.temperature, settings.seed), held_out
+    return replace(held_out, temperature=settings.temperature), held_out
+
+
 def cached_teacher(
     readers: tuple[CheckpointReader, CheckpointReader],
     student_head: Head,
@@ -186,22 +215,26 @@ def cached_teacher(
             loaded.append(load())
         return loaded[0]
 
-    head = teacher_head(readers[1], readers[0], student_head, load_once)
+    head = None
+    if settings.teacher_mode == "cached":
+        head = teacher_head(readers[1], readers[0], student_head, load_once)
+    forms = store_forms(settings, head, student_head.weight_VD.shape[0])
     teachers: list[Teacher] = []
-    for name, some, plan, digest in zip(("corpus", "held_out"), rows, plans, hashes, strict=True):
+    for name, form, some, plan, digest in zip(_TEXTS, forms, rows, plans, hashes, strict=True):
         positions = [int(collate([row], settings.tokens).positions.sum()) for row in some]
         identity = {
             "teacher": readers[1].fingerprint(),
             "text": digest,
             "tokens": settings.tokens,
             "sequence_length": settings.sequence_length,
+            **form.identity,
         }
-        folder = work_dir / "teacher_states" / name
+        folder = work_dir / "teacher" / name
         with args.main_process_first(local=False):
-            store = StateStore(folder, identity, positions, head.weight_VD.shape[1])
+            store = TokenStore(folder, identity, positions, form.dtype)
         share = [tuple(row for row in batch if row % args.world_size == args.process_index) for batch in plan]
-        fill_store(store, some, share, settings.tokens, lambda: LiveTeacher(load_once()), args.device)
+        fill_store(store, form, some, share, settings.tokens, lambda: LiveTeacher(load_once()), args.device)
         PartialState().wait_for_everyone()
-        teachers.append(CachedTeacher(store, head, args.device))
-        notes.append(f"The teacher's hidden states of the {name.replace('_', '-')} come from disk (bf16).")
+        teachers.append(CachedTeacher(store, form, head, args.device))
+        notes.append(form.note(_TEXTS[name]))
     return teachers[0], teachers[1]

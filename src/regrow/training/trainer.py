@@ -16,7 +16,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from regrow.errors import RunError
 from regrow.files import disk_errors
-from regrow.losses import LOSSES
+from regrow.losses import LOSSES, SparseTargets, sparse_linear_kl
 from regrow.progress import Progress, say
 from regrow.training.best import BestWeights
 from regrow.training.checkpoints import publish_checkpoint, staging_folder
@@ -34,14 +34,14 @@ _SKIPS_IN_A_ROW = 5
 
 
 class DistillTrainer(Trainer):
-    """`transformers.Trainer` whose loss comes from two models' final hidden states.
+    """`transformers.Trainer` whose loss comes from final hidden states and what is known of the teacher.
 
     Hooks that differ from the Trainer's own:
 
     - `get_train_dataloader`: the planned micro-batches of this process, not shuffled, not prepared.
     - `get_batch_samples`: counts the tokens of a step over all micro-batches and processes, so that the loss
       of an accumulated step is the mean over the union of its tokens; lets the student write where asked.
-    - `compute_loss`: teacher's states, student's states, divergence.
+    - `compute_loss`: teacher's targets, student's states, divergence.
     - `evaluate`: held-out KL and agreement, the development set; keeps the best weights, ends the wait.
     - `log`: the loss averaged over steps, across resumes.
     - `_clip_grad_norm`: remembers the norm, so that a step with a broken gradient is not taken.
@@ -51,7 +51,7 @@ class DistillTrainer(Trainer):
 
     Args:
         student: the trained module.
-        teacher: gives hidden states.
+        teacher: gives hidden states or sparse targets.
         batches: the run's micro-batches for this process.
         held_out: what is measured between steps.
         development: prompts that the student answers there as well, or None.
@@ -146,21 +146,22 @@ class DistillTrainer(Trainer):
         """
         batch = inputs["batch"].to(self.args.device)
         # The teacher goes first: its activations are gone before the student's are kept.
-        teacher_TD = self._teacher.states(batch)
+        targets = self._teacher.targets(batch)
         head = self.student_model().head
         hidden_TD = model(batch.input_ids)[batch.positions]
         settings = self._settings
-        output = self._divergence(
-            hidden_TD.to(head.weight_VD.dtype),
-            teacher_TD,
-            **head_arguments(head, self._teacher.head),
-            beta=settings.beta,
-            temperature=settings.temperature,
-            labels_T=batch.labels if settings.label_weight else None,
-            label_weight=settings.label_weight,
-            normalizer=num_items_in_batch,
-            chunk_tokens=settings.loss_chunk_tokens,
-        )
+        hidden_TD = hidden_TD.to(head.weight_VD.dtype)
+        options = head_arguments(student=head, teacher=self._teacher.head) | {
+            "temperature": settings.temperature,
+            "labels_T": batch.labels if settings.label_weight else None,
+            "label_weight": settings.label_weight,
+            "normalizer": num_items_in_batch,
+            "chunk_tokens": settings.loss_chunk_tokens,
+        }
+        if isinstance(targets, SparseTargets):
+            output = sparse_linear_kl(hidden_TD, targets=targets, **options)
+        else:
+            output = self._divergence(hidden_TD, targets, beta=settings.beta, **options)
         loss = output.loss * self.accelerator.num_processes
         self._step_loss += loss.detach().double()
         return (loss, {}) if return_outputs else loss

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from regrow.losses import LOSSES, divergence_metrics
+from regrow.losses import LOSSES, divergence_metrics, sparse_linear_kl, sparse_targets
 
 
 class LargestTensor(TorchDispatchMode):
@@ -70,3 +70,17 @@ def test_divergence_metrics_keep_the_bound():
             student, teacher, head, head, labels_T=torch.zeros(256, dtype=torch.long), chunk_tokens=16
         )
     assert largest.nbytes <= 2 * 16 * 6000 * 4
+
+
+@pytest.mark.parametrize("kind", ["top_k", "sampled"])
+def test_sparse_targets_and_their_loss_keep_the_bound(kind):
+    torch.manual_seed(0)
+    head = torch.randn(6000, 4).bfloat16()
+    teacher, student = torch.randn(256, 4).bfloat16(), torch.randn(256, 4).bfloat16().requires_grad_()
+    uniforms = torch.rand(256, 8, dtype=torch.float64)
+    with LargestTensor() as largest:
+        targets = sparse_targets(
+            teacher, head, kind=kind, num_entries=8, uniforms_TK=uniforms, chunk_tokens=16
+        )
+        sparse_linear_kl(student, head, targets, chunk_tokens=16, student_softcap=5.0).loss.backward()
+    assert largest.nbytes <= 2 * 2**21  # a row block of logits in fp64

@@ -14,6 +14,7 @@ from regrow.modeling.load import load_tokenizer
 from regrow.training import trainer as trainer_module
 from regrow.training.distill import distill
 from regrow.training.rows import plan_run
+from regrow.training.teacher import LiveTeacher
 from regrow.training.trainer import DistillTrainer
 from training_case import QUICK, make_case, same_bytes, tensors_of
 
@@ -179,9 +180,80 @@ def test_cached_teacher_gives_the_same_curve(case, tmp_path):
     )
 
 
-def test_full_stores_need_no_teacher(case, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [{}, {"temperature": 2.0, "label_weight": 0.3}], ids=str)
+def test_top_k_of_the_whole_vocabulary_gives_the_same_curve(case, tmp_path, options):
+    settings = QUICK | {"precision": "fp32", "tokens": "response"} | options
+    live = distill(**case, out=tmp_path / "a", work_dir=tmp_path / "wa", **settings)
+    sparse = {"teacher_mode": "top_k", "teacher_entries": 5_000}
+    stored = distill(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", **settings | sparse)
+    for curve, figure in (
+        ("losses", "loss"), ("held_out", "kl"), ("held_out", "top1_agreement"), ("held_out", "top5_agreement")
+    ):  # fmt: skip
+        left, right = ([entry[figure] for entry in report[curve]] for report in (live, stored))
+        assert right == pytest.approx(left, rel=1e-3), figure
+
+
+@pytest.mark.parametrize("mode", ["top_k", "sampled"])
+def test_a_few_entries_teach_nearly_as_much_and_the_report_says_so(case, tmp_path, mode):
+    settings = QUICK | {"precision": "fp32"}
+    live = distill(**case, out=tmp_path / "a", work_dir=tmp_path / "wa", **settings)
+    sparse = {"teacher_mode": mode, "teacher_entries": 32}
+    stored = distill(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", **settings | sparse)
+    first, last = stored["held_out"][0], stored["held_out"][-1]
+    exact_first, exact_last = live["held_out"][0], live["held_out"][-1]
+    # Before training the student is the same: agreement is exact, the KL a lower bound of the full one.
+    assert (first["top1_agreement"], first["top5_agreement"]) == (
+        exact_first["top1_agreement"],
+        exact_first["top5_agreement"],
+    )
+    assert 0 < first["kl"] < exact_first["kl"]
+    assert last["kl"] < 0.8 * first["kl"]
+    assert last["top1_agreement"] == pytest.approx(exact_last["top1_agreement"], abs=0.1)
+    about_corpus, about_held_out = (note for note in stored["notes"] if "256 bytes per token" in note)
+    assert ("32 draws" if mode == "sampled" else "32 most likely tokens, and the rest as one") in about_corpus
+    assert "held-out text" in about_held_out
+    assert "32 most likely tokens, and the rest as one" in about_held_out
+    assert "lower bound" in about_held_out
+
+
+@pytest.mark.parametrize("mode", ["cached", "top_k", "sampled"])
+def test_half_filled_stores_are_completed(case, tmp_path, monkeypatch, mode):
+    """Killed while the teacher runs: what it has said is kept, and the result is that of one go."""
+    settings = QUICK | {"teacher_mode": mode, "max_steps": 2}
+    distill(**case, out=tmp_path / "a", work_dir=tmp_path / "wa", **settings)
+    real, calls = LiveTeacher.targets, []
+
+    def targets(self, batch):
+        calls.append(batch.rows)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(self, batch)
+
+    monkeypatch.setattr(LiveTeacher, "targets", targets)
+    with pytest.raises(KeyboardInterrupt):
+        distill(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", **settings)
+    distill(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", **settings)
+    assert not set(calls[0]) & set(calls[2])  # the corpus' store is the first to be filled
+    left, right = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
+    assert all(same_bytes(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize("entries", [8, 9])
+def test_another_number_of_entries_is_another_run(case, tmp_path, entries):
+    settings = QUICK | {"teacher_mode": "top_k", "max_steps": 1}
     work = tmp_path / "work"
-    settings = QUICK | {"teacher_mode": "cached", "max_steps": 2}
+    distill(**case, out=tmp_path / "a", work_dir=work, **settings, teacher_entries=8)
+    if entries == 8:
+        distill(**case, out=tmp_path / "b", work_dir=work, **settings, teacher_entries=entries)
+    else:
+        with pytest.raises(UserError, match="teacher_entries"):
+            distill(**case, out=tmp_path / "b", work_dir=work, **settings, teacher_entries=entries)
+
+
+@pytest.mark.parametrize("mode", ["cached", "top_k", "sampled"])
+def test_full_stores_need_no_teacher(case, tmp_path, monkeypatch, mode):
+    work = tmp_path / "work"
+    settings = QUICK | {"teacher_mode": mode, "max_steps": 2}
     distill(**case, out=tmp_path / "a", work_dir=work, **settings)
     for path in [*work.glob("checkpoint-*/*"), *work.glob("checkpoint-*"), *work.glob("best-*")]:
         path.unlink() if path.is_file() else path.rmdir()
@@ -271,6 +343,10 @@ def test_out_of_memory_says_what_to_change(case, tmp_path, monkeypatch, error):
         ({"report_to": ("nonsense",)}, "nonsense"),
         ({"batch_tokens": 0}, "batch_tokens is 0"),
         ({"train": "head"}, "train is 'head'"),
+        ({"teacher_entries": 0}, "teacher_entries is 0"),
+        ({"teacher_mode": "top_k", "loss": "jsd"}, "top_k.*loss jsd; set loss: forward_kl"),
+        ({"teacher_mode": "sampled", "loss": "reverse_kl"}, "sampled.*set loss: forward_kl"),
+        ({"teacher_mode": "sampled", "on_policy_fraction": 0.5}, "set teacher_mode: live"),
     ],
 )
 def test_bad_settings_are_refused(case, tmp_path, options, message):
