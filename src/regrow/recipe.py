@@ -13,6 +13,7 @@ from regrow.errors import UserError
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Engine = Literal["transformers", "vllm"]
 
 
 class Section(BaseModel):
@@ -141,6 +142,7 @@ class Training(Optimisation):
     rollout_tokens: Positive = 128
     rollout_temperature: Annotated[float, Field(gt=0)] = 1.0
     rollout_batch_size: Positive = 32
+    rollout_engine: Engine = "transformers"
 
     @model_validator(mode="after")
     def _settings_agree(self) -> "Training":
@@ -205,6 +207,7 @@ class Dpo(Post):
     rollout_tokens: Positive = 512
     rollout_temperature: Annotated[float, Field(gt=0)] = 1.0
     rollout_batch_size: Positive = 32
+    rollout_engine: Engine = "transformers"
 
 
 class IfevalOptions(Section):
@@ -217,7 +220,7 @@ class IfevalOptions(Section):
     max_new_tokens: Positive = 1_280
     batch_size: Positive = 32
     limit: Positive | None = None
-    engine: Literal["transformers", "vllm"] = "transformers"
+    engine: Engine = "transformers"
 
 
 class LatencyOptions(Section):

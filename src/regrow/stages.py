@@ -179,6 +179,15 @@ def _require_package(name: str, what: str, remedy: str) -> None:
         raise UserError(f"{what} needs {name}, which is not installed; {remedy}.")
 
 
+def _require_engine(name: str, key: str) -> None:
+    if name == "vllm":
+        _require_package("vllm", "The engine vllm", f"run pip install vllm, or use {key}: transformers")
+
+
+def _check_rollouts(stage: str) -> Callable[[Recipe], None]:
+    return lambda recipe: _require_engine(getattr(recipe, stage).rollout_engine, "rollout_engine")
+
+
 def _check_post(stage: str) -> Callable[[Recipe], None]:
     return lambda recipe: _require_package("trl", f"The stage {stage}", "run pip install 'regrow[post]'")
 
@@ -188,6 +197,7 @@ def _check_dpo(recipe: Recipe) -> None:
 
     assert recipe.dpo is not None
     _check_post("dpo")(recipe)
+    _check_rollouts("dpo")(recipe)
     found = len(constrained_rows(corpus_specs(recipe.corpora)))
     if found < recipe.dpo.min_pairs:
         raise UserError(
@@ -199,8 +209,7 @@ def _check_dpo(recipe: Recipe) -> None:
 def _check_evaluate(recipe: Recipe) -> None:
     if "ifeval" not in recipe.evaluate.benchmarks:
         return
-    if recipe.evaluate.ifeval.engine == "vllm":
-        _require_package("vllm", "The engine vllm", "run pip install vllm, or use engine: transformers")
+    _require_engine(recipe.evaluate.ifeval.engine, "engine")
     prompts = recipe.evaluate.ifeval.prompts
     if is_local(prompts):
         from regrow.data.prompts import read_prompts
@@ -375,9 +384,9 @@ STAGES: tuple[Stage, ...] = (
         _calibrate_for,
     ),
     Stage("prune", ("calibrate",), ("prune", "seed"), _prune),
-    _training_stage("distill", also=_development("distill")),
-    _training_stage("recover", also=_development("recover")),
-    _training_stage("finish", also=_development("finish")),
+    _training_stage("distill", also=_development("distill"), check=_check_rollouts("distill")),
+    _training_stage("recover", also=_development("recover"), check=_check_rollouts("recover")),
+    _training_stage("finish", also=_development("finish"), check=_check_rollouts("finish")),
     _training_stage("sft", check=_check_post("sft")),
     _training_stage("dpo", _dpo, also=_constraints, check=_check_dpo),
     Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate, check=_check_evaluate),

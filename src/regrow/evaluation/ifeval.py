@@ -1,5 +1,6 @@
 """IFEval (Zhou et al., arXiv 2311.07911): generate, then judge with lm-eval's instruction checkers."""
 
+import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
@@ -160,30 +161,32 @@ def evaluate_ifeval(
     rows = read_prompts(prompts, limit=limit)
     known = _begin_answers(answers, settings_hash(settings))
     writer: Writer | None = None
-    # Each pair is generated with a seed of its own, so that resuming in another order changes nothing.
-    for repeat in range(repeats):
-        todo = [prompt for prompt in rows if (prompt.key, repeat) not in known]
-        if not todo:
-            continue
-        if len(todo) < len(rows):
-            say(f"ifeval: {len(rows) - len(todo)} of {len(rows)} answers are there already.")
-        if writer is None:
-            writer = open_writer(
-                model, engine=engine, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+    with contextlib.ExitStack() as opened:
+        # Each pair is generated with a seed of its own, so that resuming in another order changes nothing.
+        for repeat in range(repeats):
+            todo = [prompt for prompt in rows if (prompt.key, repeat) not in known]
+            if not todo:
+                continue
+            if len(todo) < len(rows):
+                say(f"ifeval: {len(rows) - len(todo)} of {len(rows)} answers are there already.")
+            if writer is None:
+                writer = open_writer(
+                    model, engine=engine, dtype=dtype, device=device, trust_remote_code=trust_remote_code
+                )
+                opened.callback(writer.close)
+            known |= _generate(
+                todo,
+                writer,
+                repeat=repeat,
+                answers=answers,
+                max_new_tokens=max_new_tokens,
+                batch_size=batch_size,
+                enable_thinking=enable_thinking,
+                do_sample=do_sample,
+                temperature=temperature,
+                top_p=top_p,
+                seed=seed + 1_000_003 * repeat,
             )
-        known |= _generate(
-            todo,
-            writer,
-            repeat=repeat,
-            answers=answers,
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            enable_thinking=enable_thinking,
-            do_sample=do_sample,
-            temperature=temperature,
-            top_p=top_p,
-            seed=seed + 1_000_003 * repeat,
-        )
     thinking = enable_thinking is True
     records = [
         score_prompt(prompt, known[prompt.key, repeat], thinking=thinking)

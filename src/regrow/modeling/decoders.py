@@ -29,7 +29,7 @@ class Decoder(Protocol):
         """Give every row its next tokens; logits [N, V] of what follows each of them, row after row."""
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Say how many tokens of the last step (after `read`: 1 for the prompt) stay, for each of its rows."""
+        """Say how many of each row's last tokens stay; after `read` everything does."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row that is not in the list (ascending positions)."""
@@ -47,7 +47,7 @@ def open_decoder(model: Any, max_rows: int) -> Iterator[Decoder]:
 
 
 class PackedDecoder:
-    """For layers that attend to everything before: no pads, and any number of tokens of a row at a time."""
+    """For layers that attend to everything before: no pads, any number of a row's tokens at a time."""
 
     takes_guesses = True
 
@@ -58,20 +58,24 @@ class PackedDecoder:
         self._reads = False
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts in one pass; none of their tokens is computed for nothing."""
         self._first, self._reads = len(self._cache.lengths), True
         logits = self._pass(prompts)
         self._cache.advance([len(prompt) for prompt in prompts], self._first)
         return logits
 
     def step(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Judge each row's last token and the guesses behind it."""
         self._first, self._reads = 0, False
         return self._pass(tokens)
 
     def advance(self, counts: Sequence[int]) -> None:
+        """Forget the guesses that were wrong."""
         if not self._reads:
             self._cache.advance(counts, 0)
 
     def keep(self, rows: Sequence[int]) -> None:
+        """Close the gaps."""
         self._cache.keep(rows)
 
     def _pass(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -86,7 +90,7 @@ class PackedDecoder:
 
 
 class LockstepDecoder:
-    """For linear attention, sliding windows and attention of other kinds: one token of every row at a time."""
+    """For linear attention, sliding windows and other kinds: one token of every row at a time."""
 
     takes_guesses = False
 
@@ -96,6 +100,7 @@ class LockstepDecoder:
         self._cache = RowCache(self._forward.config, max_rows)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Read the prompts padded on the left."""
         lengths = [len(prompt) for prompt in prompts]
         width = max(lengths)
         # left padding: linear-attention states must not decay over pads after the prompt
@@ -110,6 +115,7 @@ class LockstepDecoder:
         return logits[:, -1]
 
     def step(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """One token a row."""
         self._cache.reserve()
         mask, positions = self._cache.next_inputs()
         logits = self._forward(torch.tensor(tokens), positions, self._cache, attention_mask=mask)
@@ -120,6 +126,7 @@ class LockstepDecoder:
         """Every token stays."""
 
     def keep(self, rows: Sequence[int]) -> None:
+        """Close the gaps."""
         self._cache.keep(rows)
 
 

@@ -79,7 +79,9 @@ class Packing:
         groups: rows whose attention is computed together; all of them on a GPU.
     """
 
-    def __init__(self, starts: Sequence[int], counts: Sequence[int], first: int, device: torch.device) -> None:
+    def __init__(
+        self, starts: Sequence[int], counts: Sequence[int], first: int, device: torch.device
+    ) -> None:
         size = _GROUP_ROWS if device.type == "cpu" else len(counts)
         self.groups: list[_Group] = []
         token = 0
@@ -154,7 +156,8 @@ class PackedCache(Cache):
     packing: Packing
 
     def __init__(self, config: Any, max_rows: int) -> None:
-        super().__init__(layers=[_PackedLayer(self) for _ in DynamicCache(config=config).layers])
+        self._buffers = [_PackedLayer(self) for _ in DynamicCache(config=config).layers]
+        super().__init__(layers=list(self._buffers))
         self.max_rows, self.num_columns = max_rows, 0
         self.lengths: list[int] = []
 
@@ -165,7 +168,7 @@ class PackedCache(Cache):
         needed = max(start + count for start, count in zip(starts, counts, strict=True))
         if needed > self.num_columns:
             self.num_columns = needed + _GROWTH_COLUMNS
-            for layer in self.layers:
+            for layer in self._buffers:
                 if layer.is_initialized:
                     layer.grow(self.num_columns)
         self.packing = Packing(starts, counts, first, device)
@@ -178,7 +181,7 @@ class PackedCache(Cache):
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep these rows (ascending positions), in their order."""
-        for layer in self.layers:
+        for layer in self._buffers:
             for target, source in enumerate(rows):
                 if target != source:
                     columns = slice(self.lengths[source])

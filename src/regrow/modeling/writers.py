@@ -6,7 +6,6 @@ and give the same `Response`. vLLM's kernels round differently, so its texts may
 
 import importlib
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Protocol
@@ -48,9 +47,18 @@ class Writer(Protocol):
         progress: str | None = "generate",
     ) -> list[Response]: ...
 
+    def close(self) -> None:
+        """Give the memory back; whoever opens a writer and goes on with other work calls this."""
+
 
 def open_writer(
-    folder: Path, *, engine: str, dtype: str, device: str, trust_remote_code: bool = False
+    folder: Path,
+    *,
+    engine: str,
+    dtype: str,
+    device: str,
+    trust_remote_code: bool = False,
+    gpu_memory_utilization: float | None = None,
 ) -> Writer:
     """A model, ready to answer.
 
@@ -58,6 +66,7 @@ def open_writer(
         folder: local model folder.
         engine: a name of `ENGINES`. vLLM takes its own device and batch size.
         dtype, device, trust_remote_code: as in `load_model`.
+        gpu_memory_utilization: share of the GPU's memory that vLLM takes; None is its own default.
 
     Raises:
         UserError: an unknown engine, or vLLM is not installed or refuses the model.
@@ -65,9 +74,9 @@ def open_writer(
     require_engine(engine)
     tokenizer = load_tokenizer(folder, trust_remote_code)
     if engine == "vllm":
-        return _Vllm(folder, tokenizer, dtype, trust_remote_code)
+        return _Vllm(folder, tokenizer, dtype, trust_remote_code, gpu_memory_utilization)
     model = load_model(folder, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
-    return partial(generate_responses, model, tokenizer)
+    return _Own(model, tokenizer)
 
 
 def require_engine(engine: str) -> None:
@@ -91,12 +100,34 @@ def _import_vllm() -> Any:
         ) from None
 
 
+class _Own:
+    """This project's own generation."""
+
+    def __init__(self, model: Any, tokenizer: Any) -> None:
+        self._model, self._tokenizer = model, tokenizer
+
+    def __call__(self, conversations: Sequence[Conversation], **options: Any) -> list[Response]:
+        return generate_responses(self._model, self._tokenizer, conversations, **options)
+
+    def close(self) -> None:
+        self._model = None
+
+
 class _Vllm:
     """vLLM's offline engine, started with the first prompts."""
 
-    def __init__(self, folder: Path, tokenizer: Any, dtype: str, trust_remote_code: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tokenizer: Any,
+        dtype: str,
+        trust_remote_code: bool,
+        gpu_memory_utilization: float | None,
+    ) -> None:
         self._folder, self._tokenizer = folder, tokenizer
         self._dtype, self._trust = dtype, trust_remote_code
+        share = gpu_memory_utilization
+        self._memory = {} if share is None else {"gpu_memory_utilization": share}
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         generation = None
         if (folder / "generation_config.json").exists():
@@ -127,7 +158,7 @@ class _Vllm:
             return []
         needed = max(map(len, prompts)) + max_new_tokens
         if self._llm is None or needed > self._context:
-            self._llm = None  # its memory goes before a longer one starts
+            self.close()  # its memory goes before a longer one starts
             self._llm = self._start(vllm, max(needed, _LONGEST_PROMPT + max_new_tokens))
         # A seed per prompt: who shares its batch must not decide what is drawn.
         sampling = [
@@ -154,6 +185,14 @@ class _Vllm:
                     on_result(len(responses) - 1, responses[-1])
         return responses
 
+    def close(self) -> None:
+        """Shut the engine down; further prompts start another."""
+        if self._llm is None:
+            return
+        # The engine is a process of its own; one that is only forgotten may keep its memory.
+        self._llm.llm_engine.engine_core.shutdown()
+        self._llm = None
+
     def _start(self, vllm: Any, context: int) -> Any:
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None) or context
         self._context = min(context, limit)
@@ -164,6 +203,7 @@ class _Vllm:
                 trust_remote_code=self._trust,
                 max_model_len=self._context,
                 generation_config="vllm",  # no penalty, no top-k from the checkpoint
+                **self._memory,
             )
         except (ValueError, RuntimeError) as error:
             say(str(error))

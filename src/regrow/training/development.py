@@ -13,9 +13,9 @@ from torch import Tensor
 from regrow.data.constraints import answer_of, check_response
 from regrow.data.prompts import hash_prompts, read_prompts
 from regrow.errors import UserError
-from regrow.modeling.generate import encode_prompt, generate_responses
-from regrow.training.memory import answers_fit
-from regrow.training.student import HiddenStates, bf16_products
+from regrow.modeling.generate import encode_prompt
+from regrow.training.student import HiddenStates
+from regrow.training.writing import Answer
 
 
 class DevelopmentSet:
@@ -25,6 +25,7 @@ class DevelopmentSet:
         source: prompts with constraints, as in `read_prompts`.
         tokenizer: the student's.
         config: the student's config.json, for the length of its context.
+        answer: who writes for the student.
         limit: only the first so many prompts.
         max_new_tokens: longest answer.
         batch_size: answers in flight.
@@ -44,6 +45,7 @@ class DevelopmentSet:
         tokenizer: Any,
         config: Mapping[str, Any],
         *,
+        answer: Answer,
         limit: int | None,
         max_new_tokens: int,
         batch_size: int,
@@ -54,7 +56,7 @@ class DevelopmentSet:
         prompts = read_prompts(source, limit=limit)
         self.hash = hash_prompts(prompts)
         self._prompts = prompts[rank::world_size]
-        self._tokenizer, self._max_new_tokens = tokenizer, max_new_tokens
+        self._answer, self._max_new_tokens = answer, max_new_tokens
         self._batch_size, self._enable_thinking = batch_size, enable_thinking
         self._conversations = [[{"role": "user", "content": prompt.text}] for prompt in self._prompts]
         longest = max(
@@ -71,17 +73,14 @@ class DevelopmentSet:
         """This process' instructions that are followed strictly, all of them; answers that ended by
         themselves, all of them; fp64 [4].
         """
-        device = next(student.parameters()).device
-        with bf16_products(device, student.autocast), answers_fit(self._batch_size):
-            responses = generate_responses(
-                student.model,
-                self._tokenizer,
-                self._conversations,
-                max_new_tokens=self._max_new_tokens,
-                batch_size=self._batch_size,
-                enable_thinking=self._enable_thinking,
-                progress="development set",
-            )
+        responses = self._answer(
+            student,
+            self._conversations,
+            max_new_tokens=self._max_new_tokens,
+            batch_size=self._batch_size,
+            enable_thinking=self._enable_thinking,
+            progress="development set",
+        )
         followed = total = 0
         for prompt, response in zip(self._prompts, responses, strict=True):
             answer = answer_of(response.text, thinking=self._enable_thinking is True)

@@ -16,13 +16,17 @@ from regrow.checkpoint import CheckpointReader
 from regrow.data.constrained import constrained_rows, hash_rows
 from regrow.errors import UserError
 from regrow.files import require_new_folder
+from regrow.modeling.writers import require_engine
+from regrow.recipe import Engine
 from regrow.training.checkpoints import claim_work_dir
 from regrow.training.pairs import Pair, load_or_make_pairs, require_pairs
 from regrow.training.post import PostMethod, run_post
 from regrow.training.post_settings import PostSettings, require_trl, trl_arguments
 from regrow.training.post_steps import PostData
+from regrow.training.result import changed_tensors
 from regrow.training.settings import CorpusSpec
-from regrow.training.student import bf16_products
+from regrow.training.student import HiddenStates
+from regrow.training.writing import find_answer
 
 _FIGURES = {"margin": "rewards/margins", "accuracy": "rewards/accuracies"}
 
@@ -45,6 +49,7 @@ def dpo(
     rollout_tokens: int = 512,
     rollout_temperature: float = 1.0,
     rollout_batch_size: int = 32,
+    rollout_engine: Engine = "transformers",
     **options: Any,
 ) -> dict[str, Any]:
     """Tune a student with TRL's DPOTrainer toward answers that follow their constraints; merge and write it.
@@ -64,6 +69,7 @@ def dpo(
         min_pairs: with fewer pairs nothing is trained.
         rollout_tokens, rollout_temperature, rollout_batch_size: length in tokens and sampling temperature of
             these answers, and how many are in flight.
+        rollout_engine: who writes them, `"transformers"` (the student itself) or `"vllm"`.
         options: other fields of `PostSettings`.
 
     Returns:
@@ -71,8 +77,8 @@ def dpo(
         beta * margin over the interval's pairs, nats) and `accuracy` (share of pairs with a positive one).
 
     Raises:
-        UserError: TRL is not installed, there are no prompts with constraints or too few pairs; arguments or
-            models do not fit; `work_dir` belongs to another run.
+        UserError: TRL or vLLM is not installed, there are no prompts with constraints or too few pairs;
+            arguments or models do not fit; `work_dir` belongs to another run.
         RunError: loss not finite, out of memory, disk full.
     """
     settings = PostSettings(
@@ -97,6 +103,7 @@ def dpo(
         if not value > 0:
             raise UserError(f"{name} is {value}; it must be above 0.")
     require_trl("dpo")
+    require_engine(rollout_engine)
     from trl.trainer.dpo_config import DPOConfig
 
     from regrow.training.trl_trainers import dpo_trainer
@@ -109,28 +116,40 @@ def dpo(
             "regrow synthesize --constraint-share, or leave dpo out."
         )
     require_pairs(len(rows), len(rows), min_pairs)  # more pairs than prompts there cannot be
+    reader = CheckpointReader(student)
     args = trl_arguments(DPOConfig, settings, Path(work_dir), beta=beta)
     claim_work_dir(
         Path(work_dir),
         {
             "method": "dpo",
             **sampling,
+            "rollout_engine": rollout_engine,
             "precision": settings.precision,
             "sequence_length": settings.sequence_length,
             "enable_thinking": settings.enable_thinking,
             "seed": settings.seed,
-            "student": CheckpointReader(student).fingerprint(),
+            "student": reader.fingerprint(),
             "prompts": hash_rows(rows),
         },
     )
 
     def data(model: PreTrainedModel, tokenizer: Any) -> PostData:
-        with torch.random.fork_rng(), bf16_products(model.device, settings.precision == "bf16_mixed"):
+        answer = find_answer(
+            rollout_engine,
+            tokenizer=tokenizer,
+            base=reader,
+            replacements=changed_tensors,
+            work_dir=Path(work_dir),
+            precision=settings.precision,
+            trust_remote_code=settings.trust_remote_code,
+        )
+        with torch.random.fork_rng():
             pairs, counts = load_or_make_pairs(
                 Path(work_dir),
-                model,
+                HiddenStates(model, autocast=settings.precision == "bf16_mixed"),
                 tokenizer,
                 rows,
+                answer=answer,
                 num_samples=num_samples,
                 max_new_tokens=rollout_tokens,
                 temperature=rollout_temperature,
@@ -145,7 +164,7 @@ def dpo(
     return run_post(
         PostMethod(
             name="dpo",
-            options={"loss": "dpo", "tokens": "response", **own},
+            options={"loss": "dpo", "tokens": "response", "rollout_engine": rollout_engine, **own},
             data=data,
             trainer=lambda model, tokenizer, columns, steps: dpo_trainer(
                 model, tokenizer, args, columns, steps

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +14,14 @@ from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
 from regrow.checkpoint import CheckpointReader
-from regrow.checkpoint.overlay import Values, overlay_checkpoint
+from regrow.checkpoint.overlay import overlay_checkpoint
 from regrow.data.blend import encode_corpora
 from regrow.data.templates import Encoded
 from regrow.errors import RunError, UserError
 from regrow.files import require_new_folder
 from regrow.modeling.hidden import check_head, head_of
 from regrow.modeling.load import load_model, load_tokenizer, pick_device
+from regrow.modeling.writers import require_engine
 from regrow.progress import Progress, say
 from regrow.training.arguments import training_arguments
 from regrow.training.best import BestWeights
@@ -32,9 +33,10 @@ from regrow.training.record import RunRecord
 from regrow.training.rollouts import Rollouts, require_prompts
 from regrow.training.rows import Plan, RunBatches, plan_held_out, plan_run, usable_rows
 from regrow.training.settings import CorpusSpec, TrainingSettings
-from regrow.training.student import HiddenStates, load_dtype, share_frozen
+from regrow.training.student import HiddenStates, load_dtype, product_dtype, share_frozen
 from regrow.training.teacher import LiveTeacher, Teacher, cached_teacher
 from regrow.training.trainer import DistillTrainer
+from regrow.training.writing import Replacements, find_answer
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Method:
     name: str
     options: dict[str, Any]
     prepare: Callable[[PreTrainedModel, CheckpointReader], tuple[torch.nn.Module, list[str]]]
-    replacements: Callable[[CheckpointReader, Mapping[str, Tensor]], dict[str, Values]]
+    replacements: Replacements
 
 
 _MOST_FINISH = 0.5
@@ -83,6 +85,7 @@ def run_training(
     """
     require_new_folder(out)
     pick_device(settings.device)
+    require_engine(settings.rollout_engine)
     readers = CheckpointReader(student), CheckpointReader(teacher)
     args = training_arguments(settings, work_dir)
     tokenizer = load_tokenizer(student, settings.trust_remote_code)
@@ -107,12 +110,23 @@ def run_training(
             "Under FSDP no process holds the whole student, so it cannot write text; set "
             "on_policy_fraction: 0 and select_by: held_out_kl, or use DDP."
         )
+    answer = find_answer(
+        settings.rollout_engine,
+        tokenizer=tokenizer,
+        base=readers[0],
+        replacements=method.replacements,
+        work_dir=work_dir,
+        precision=settings.precision,
+        trust_remote_code=settings.trust_remote_code,
+        world_size=args.world_size,
+    )
     development = None
     if settings.select_by == "development":
         development = DevelopmentSet(
             settings.development_prompts,
             tokenizer,
             readers[0].config,
+            answer=answer,
             limit=settings.development_limit,
             max_new_tokens=settings.development_tokens,
             batch_size=settings.rollout_batch_size,
@@ -120,6 +134,8 @@ def run_training(
             rank=args.process_index,
             world_size=args.world_size,
         )
+    if settings.on_policy_fraction or development:
+        notes.append(f"The student's own texts were written by the engine {settings.rollout_engine}.")
 
     identity = {
         "method": method.name,
@@ -174,6 +190,7 @@ def run_training(
                 rows=rows,
                 plan=plan,
                 tokenizer=tokenizer,
+                answer=answer,
                 fraction=settings.on_policy_fraction,
                 refresh_steps=settings.refresh_steps,
                 first=(record.step, record.micro_batches),
@@ -286,7 +303,7 @@ def _teachers(
     def load_teacher() -> PreTrainedModel:
         loaded = load_model(
             readers[1].folder,
-            dtype="float32" if settings.precision == "fp32" else "bfloat16",
+            dtype=product_dtype(settings.precision),
             device=args.device,
             trust_remote_code=settings.trust_remote_code,
         ).requires_grad_(False)

@@ -18,6 +18,23 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def share_for_vllm(device: torch.device) -> float | None:
+    """The share of a GPU's memory that vLLM may take beside a run that waits for it; None off the GPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.empty_cache()  # what training holds but does not use is free to vLLM
+    return free_share(*torch.cuda.mem_get_info(device))
+
+
+def free_share(free_bytes: int, total_bytes: int) -> float:
+    """Nine tenths of the free bytes as a share of all, rounded down.
+
+    vLLM refuses a share above what is free once its own CUDA context has taken some, and its CUDA graphs may
+    come on top.
+    """
+    return 900 * free_bytes // total_bytes / 1000
+
+
 @contextlib.contextmanager
 def memory_errors(remedies: Sequence[str], after: str = "") -> Iterator[None]:
     """Out of memory as one sentence with the remedies, and what else is to be said.

@@ -18,10 +18,11 @@ from regrow.data.corpora import Example
 from regrow.data.templates import Encoded, tokenize_example, turn_end_ids
 from regrow.errors import UserError
 from regrow.files import disk_errors, read_json, write_json
-from regrow.modeling.generate import encode_prompt, end_token_ids, generate_responses
+from regrow.modeling.generate import encode_prompt, end_token_ids
 from regrow.progress import say
-from regrow.training.memory import answers_fit
 from regrow.training.rollouts import prompt_length
+from regrow.training.student import HiddenStates
+from regrow.training.writing import Answer
 
 PAIRS, COUNTS = "pairs.jsonl", "pairs.json"
 Source = Literal["student", "teacher"]
@@ -84,10 +85,11 @@ def _score(candidate: Candidate) -> int:
 
 def load_or_make_pairs(
     work_dir: Path,
-    model: Any,
+    student: HiddenStates,
     tokenizer: Any,
     rows: Sequence[ConstrainedRow],
     *,
+    answer: Answer,
     num_samples: int,
     max_new_tokens: int,
     temperature: float,
@@ -100,8 +102,9 @@ def load_or_make_pairs(
 
     Args:
         work_dir: must belong to these arguments (`checkpoints.claim_work_dir`).
-        model, tokenizer: the student, as it is before preference tuning.
+        student, tokenizer: the student, as it is before preference tuning.
         rows: prompts with constraints and the teacher's answers.
+        answer: who writes for the student.
         num_samples: answers that the student writes per prompt, sampled at `temperature`.
         max_new_tokens, batch_size: longest answer in tokens; answers in flight.
         max_length: a candidate is left out where prompt and answer have more tokens.
@@ -122,19 +125,17 @@ def load_or_make_pairs(
         return _read(work_dir), read_json(work_dir / COUNTS)
     require_checkers([kind for row in rows for kind in row.instruction_ids])
     prompts = [encode_prompt(tokenizer, row.prompt, enable_thinking) for row in rows]
-    with answers_fit(batch_size):
-        responses = generate_responses(
-            model,
-            tokenizer,
-            [row.prompt for row in rows for _ in range(num_samples)],
-            max_new_tokens=max_new_tokens,
-            batch_size=batch_size,
-            enable_thinking=enable_thinking,
-            do_sample=True,
-            temperature=temperature,
-            seed=seed,
-            progress="student answers",
-        )
+    responses = answer(
+        student,
+        [row.prompt for row in rows for _ in range(num_samples)],
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        enable_thinking=enable_thinking,
+        do_sample=True,
+        temperature=temperature,
+        seed=seed,
+        progress="student answers",
+    )
     end = (turn_end_ids(tokenizer) or end_token_ids(tokenizer))[:1]
     pairs: list[Pair] = []
     too_long = 0

@@ -22,7 +22,7 @@ from regrow.training.post_settings import PostSettings
 from regrow.training.post_steps import PostData, PostSteps
 from regrow.training.rows import plan_held_out, usable_rows
 from regrow.training.settings import CorpusSpec
-from regrow.training.student import load_dtype, set_precision, stored_dtypes
+from regrow.training.student import load_dtype, product_dtype, set_precision, stored_dtypes
 from regrow.training.teacher import LiveTeacher
 
 
@@ -83,7 +83,7 @@ def run_post(
         live = LiveTeacher(
             load_model(
                 teacher,
-                dtype="float32" if settings.precision == "fp32" else "bfloat16",
+                dtype=product_dtype(settings.precision),
                 device=device,
                 trust_remote_code=settings.trust_remote_code,
             )

@@ -14,9 +14,9 @@ import torch
 from regrow.data.templates import Encoded, turn_end_ids
 from regrow.errors import UserError
 from regrow.files import read_json, write_json
-from regrow.modeling.generate import encode_prompt, end_token_ids, generate_responses
-from regrow.training.memory import answers_fit
-from regrow.training.student import HiddenStates, bf16_products
+from regrow.modeling.generate import encode_prompt, end_token_ids
+from regrow.training.student import HiddenStates
+from regrow.training.writing import Answer
 
 
 class Rollouts:
@@ -27,6 +27,7 @@ class Rollouts:
         rows: the corpus; a prompt is a row up to its last response.
         plan: the run's micro-batches.
         tokenizer: the student's.
+        answer: who writes for the student.
         fraction: share of the micro-batches that are replaced, chosen by the seed.
         refresh_steps: steps per window.
         first: the step that this session starts at and its place in the plan.
@@ -44,6 +45,7 @@ class Rollouts:
         rows: Sequence[Encoded],
         plan: Sequence[tuple[int, ...]],
         tokenizer: Any,
+        answer: Answer,
         fraction: float,
         refresh_steps: int,
         first: tuple[int, int],
@@ -57,7 +59,7 @@ class Rollouts:
     ) -> None:
         self._folder = work_dir / "rollouts"
         self._rows, self._plan, self._tokenizer = rows, plan, tokenizer
-        self._fraction, self._seed = fraction, seed
+        self._answer, self._fraction, self._seed = answer, fraction, seed
         self._refresh, self._first, self._per_step = refresh_steps, first, batches_per_step
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self._batch_size = batch_size
@@ -115,16 +117,10 @@ class Rollouts:
         ]
         if not texts:
             return {}
-        device = next(student.parameters()).device
         # The run's own random state must not depend on whether the answers were on disk.
-        with (
-            torch.random.fork_rng(),
-            bf16_products(device, student.autocast),
-            answers_fit(self._batch_size),
-        ):
-            responses = generate_responses(
-                student.model,
-                self._tokenizer,
+        with torch.random.fork_rng():
+            responses = self._answer(
+                student,
                 [text for _, text in texts],
                 max_new_tokens=self._max_new_tokens,
                 batch_size=self._batch_size,

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from regrow.errors import UserError
-from regrow.recipe import contradiction
+from regrow.recipe import Engine, contradiction
 
 CorpusSpec = tuple[str, str, float, int | None]
 
@@ -42,7 +42,8 @@ class TrainingSettings:
         on_policy_fraction: share of the micro-batches that hold the student's own continuations.
         refresh_steps: steps after which the student writes new ones.
         rollout_tokens, rollout_temperature: length and sampling temperature of a continuation.
-        rollout_batch_size: answers in flight, of rollouts and of the development set.
+        rollout_batch_size: answers in flight, of rollouts and of the development set (vLLM takes its own).
+        rollout_engine: who writes both, `"transformers"` (the student itself) or `"vllm"`.
         sequence_length: rows are cut off there.
         enable_thinking: passed to the chat template where given.
         seed: order of the data, dropout, sampling.
@@ -85,6 +86,7 @@ class TrainingSettings:
     rollout_tokens: int = 128
     rollout_temperature: float = 1.0
     rollout_batch_size: int = 32
+    rollout_engine: Engine = "transformers"
     sequence_length: int = 1_024
     enable_thinking: bool | None = None
     seed: int = 0

@@ -45,6 +45,10 @@ class HiddenStates(nn.Module):
         with bf16_products(input_ids.device, self.autocast):
             return final_hidden(self.model, input_ids)
 
+    def trained(self) -> dict[str, nn.Parameter]:
+        """Trained parameters by their name in the causal language model."""
+        return {name.removeprefix("model."): p for name, p in self.named_parameters() if p.requires_grad}
+
     def keep_head(self, device: torch.device) -> None:
         """Hold on to the frozen output layer as it is now, so that sharding the model leaves it whole."""
         head = head_of(self.model)
@@ -130,6 +134,11 @@ def share_frozen(student: nn.Module, teacher: nn.Module) -> int:
 def load_dtype(precision: str) -> str:
     """The name of the dtype in which the student is loaded."""
     return _DTYPE_NAMES[DTYPES[precision]]
+
+
+def product_dtype(precision: str) -> str:
+    """The name of the dtype of matrix products, in which a model that is not trained is loaded."""
+    return "float32" if precision == "fp32" else "bfloat16"
 
 
 def head_arguments(**sides: Head | None) -> dict[str, Any]:

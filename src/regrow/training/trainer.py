@@ -180,7 +180,7 @@ class DistillTrainer(Trainer):
     @property
     def num_trainable(self) -> int:
         """Parameters that are trained."""
-        return sum(p.numel() for p in self.student_model().parameters() if p.requires_grad)
+        return sum(p.numel() for p in self.student_model().trained().values())
 
     def student_model(self) -> HiddenStates:
         """The trained module without the wrappers of a distributed engine."""
@@ -341,7 +341,7 @@ def load_trained(student: HiddenStates, file: Path) -> None:
         RunError: the file and the model disagree about what is trained.
     """
     state = load_file(file)
-    parameters = {name.removeprefix("model."): p for name, p in student.named_parameters() if p.requires_grad}
+    parameters = student.trained()
     if differing := sorted(set(state) ^ set(parameters)):
         raise RunError(
             f"{file} does not fit what is trained ({differing[0]}); remove its folder to start again."

@@ -125,7 +125,9 @@ def test_right_guesses_save_passes_and_wrong_ones_change_nothing(tokenizer, monk
     monkeypatch.setattr(type(model), "forward", counting)
     prompts = random_prompts(20)
     expected, most = run(lambda self, most: [])
-    told = {tuple(encode_prompt(tokenizer, p, None)): r.token_ids for p, r in zip(prompts, expected, strict=True)}
+    told = {
+        tuple(encode_prompt(tokenizer, p, None)): r.token_ids for p, r in zip(prompts, expected, strict=True)
+    }
 
     def know(self, most):
         for prompt, answer in told.items():

@@ -1,17 +1,18 @@
 """The engine that writes answers is a choice; vLLM is played by transformers' own generation."""
 
+import contextlib
 import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 
 import pytest
-import torch
 
 from regrow.errors import UserError
-from regrow.evaluation.ifeval import ifeval_settings
+from regrow.evaluation.ifeval import evaluate_ifeval, ifeval_settings
 from regrow.modeling.generate import encode_prompt, generate_responses
 from regrow.modeling.load import load_model, load_tokenizer
 from regrow.modeling.writers import open_writer
 from tiny_models import END_OF_TEXT, IM_END, save_tiny_model
+from vllm_stand_in import install_vllm
 
 CONVERSATIONS = [[{"role": "user", "content": text}] for text in ("hello", "count to three", "a b c")]
 OPTIONS = {"max_new_tokens": 24, "batch_size": 2, "progress": None}
@@ -23,39 +24,8 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture
-def vllm(monkeypatch, folder):
-    """A module with the parts of vLLM's interface that are used, greedy, one prompt at a time."""
-    module = ModuleType("vllm")
-    module.started, module.asked = [], []
-
-    class SamplingParams(SimpleNamespace):
-        pass
-
-    class LLM:
-        def __init__(self, **options):
-            module.started.append(options)
-            self.model = load_model(folder, dtype="float32")
-
-        def generate(self, prompts, sampling, use_tqdm):
-            module.asked.append((prompts, sampling))
-            return [
-                SimpleNamespace(outputs=[self.one(prompt["prompt_token_ids"], params)])
-                for prompt, params in zip(prompts, sampling, strict=True)
-            ]
-
-        def one(self, prompt, params):
-            tokens = []
-            while len(tokens) < params.max_tokens:
-                with torch.no_grad():
-                    logits = self.model(torch.tensor([prompt + tokens])).logits[0, -1]
-                tokens.append(int(logits.argmax()))
-                if tokens[-1] in params.stop_token_ids:
-                    return SimpleNamespace(token_ids=tuple(tokens), finish_reason="stop")
-            return SimpleNamespace(token_ids=tuple(tokens), finish_reason="length")
-
-    module.LLM, module.SamplingParams = LLM, SamplingParams
-    monkeypatch.setitem(sys.modules, "vllm", module)
-    return module
+def vllm(monkeypatch):
+    return install_vllm(monkeypatch)
 
 
 def test_both_engines_give_the_same_responses(folder, vllm):
@@ -77,6 +47,7 @@ def test_both_engines_give_the_same_responses(folder, vllm):
     assert {END_OF_TEXT, IM_END} <= set(sampling[0].stop_token_ids)
     [started] = vllm.started
     assert started["generation_config"] == "vllm"
+    assert "gpu_memory_utilization" not in started
     assert started["max_model_len"] == min(
         4_096 + 24, load_model(folder).config.get_text_config().max_position_embeddings
     )
@@ -126,3 +97,23 @@ def test_a_longer_answer_starts_a_longer_engine(folder, vllm, monkeypatch):
         writer(CONVERSATIONS, **OPTIONS | {"max_new_tokens": tokens})
     assert [started["max_model_len"] for started in vllm.started] == [72, 164]
     assert [len(prompts) for prompts, _ in vllm.asked] == [2, 1] * 3
+    assert vllm.running == 1
+
+
+def test_a_closed_writer_holds_no_engine(folder, vllm):
+    options = {"dtype": "float32", "device": "cpu"}
+    writer = open_writer(folder, engine="vllm", gpu_memory_utilization=0.25, **options)
+    writer.close()
+    assert not vllm.started
+    with contextlib.closing(writer), pytest.raises(KeyError):
+        writer(CONVERSATIONS, on_result=lambda index, response: {}[index], **OPTIONS)
+    assert [started["gpu_memory_utilization"] for started in vllm.started] == [0.25]
+    assert vllm.running == 0
+    open_writer(folder, engine="transformers", **options).close()
+
+
+def test_ifeval_ends_its_engine(folder, vllm):
+    evaluate_ifeval(
+        model=folder, prompts="builtin:dev", limit=2, max_new_tokens=4, engine="vllm", dtype="float32"
+    )
+    assert (len(vllm.started), vllm.running) == (1, 0)

@@ -121,6 +121,7 @@ def test_a_training_verb_sets_keys_of_its_section_and_of_the_recipe():
     [
         ({"evaluate": {"ifeval": {"engine": "vllm"}}}, "engine vllm needs vllm"),
         ({"evaluate": {"ifeval": {"prompts": "./nope.jsonl"}}}, "nope.jsonl do not exist"),
+        ({"finish": {"max_steps": 1, "rollout_engine": "vllm"}}, "engine vllm .* use rollout_engine: transf"),
         ({"sft": {"max_steps": 1}}, "stage sft needs trl"),
         (
             {"distill": {"max_steps": 1, "select_by": "development", "development_prompts": "no.jsonl"}},

@@ -1,6 +1,7 @@
 """Weights chosen by a development set, and training that ends when waiting does not help."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from regrow.training.distill import distill
 from regrow.training.record import RunRecord
 from regrow.training.student import HiddenStates
 from regrow.training.trainer import DistillTrainer
+from regrow.training.writing import own_answers
 from training_case import QUICK, make_case, same_bytes, tensors_of
 
 PROMPTS = [
@@ -66,7 +68,10 @@ def test_counts_are_those_of_the_checkers_and_processes_share_the_prompts(case, 
     def counts(**share):
         options = {"limit": None, "max_new_tokens": 8, "batch_size": 2, "enable_thinking": None} | share
         config = model.config.to_dict()
-        return DevelopmentSet(prompts, tokenizer, config, **options).counts(HiddenStates(model, False))
+        development = DevelopmentSet(
+            prompts, tokenizer, config, answer=partial(own_answers, tokenizer=tokenizer), **options
+        )
+        return development.counts(HiddenStates(model, False))
 
     finished = sum(answer.finished for answer in answers)
     assert counts().tolist() == [sum(map(sum, verdicts)), 5, finished, 4]

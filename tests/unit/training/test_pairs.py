@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from regrow.data.constrained import ConstrainedRow, constrained_rows, constraints_hash
 from regrow.errors import UserError
 from regrow.modeling.generate import Response
-from regrow.training import pairs as module
 from regrow.training.pairs import Candidate, choose_pair, judge, load_or_make_pairs, require_pairs
 from tiny_models import save_tiny_tokenizer
 
@@ -69,10 +68,10 @@ ANSWERS = {
 
 
 @pytest.fixture
-def made(tmp_path, monkeypatch):
+def made(tmp_path):
     tokenizer = save_tiny_tokenizer(tmp_path / "tokenizer")
 
-    def answers(model, tokenizer, conversations, **options):
+    def answers(student, conversations, **options):
         made.calls += 1
         seen: dict[str, int] = {}
         found = []
@@ -83,7 +82,6 @@ def made(tmp_path, monkeypatch):
             found.append(Response(text, tokenizer(text)["input_ids"], len(text) + 1, True))
         return found
 
-    monkeypatch.setattr(module, "generate_responses", answers)
     rows = [row(f"{key}. Use no commas.", finished=key != "fourth") for key in ANSWERS]
 
     def made(max_length=500):
@@ -92,6 +90,7 @@ def made(tmp_path, monkeypatch):
             None,
             tokenizer,
             rows,
+            answer=answers,
             num_samples=2,
             max_new_tokens=8,
             temperature=1.0,

@@ -15,6 +15,7 @@ from regrow.training.dpo import dpo, plan_pairs
 from regrow.training.rows import plan_run
 from regrow.training.sft import labels_of, sft
 from training_case import make_case, same_bytes, tensors_of
+from vllm_stand_in import install_vllm
 
 QUICK = {
     "max_steps": 3,
@@ -197,13 +198,27 @@ def test_dpo_goes_on_from_its_pairs_and_refuses_those_of_another_run(tmp_path, m
     def never(*args, **kwargs):
         raise AssertionError("the student writes again")
 
-    monkeypatch.setattr("regrow.training.pairs.generate_responses", never)
+    monkeypatch.setattr("regrow.training.writing.generate_responses", never)
     second = dpo(**case, out=tmp_path / "b", work_dir=work, **DPO)
     assert second["losses"] == first["losses"]
     a, b = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
     assert all(same_bytes(a[name], b[name]) for name in a)
     with pytest.raises(UserError, match="num_samples 2, not 3"):
         dpo(**case, out=tmp_path / "c", work_dir=work, **DPO | {"num_samples": 3})
+
+
+def test_dpo_through_vllm_makes_the_same_pairs_and_ends_the_engine(tmp_path, monkeypatch):
+    case = preference_case(tmp_path)
+    vllm = install_vllm(monkeypatch)
+    pairs = []
+    for engine in ("transformers", "vllm"):
+        work = tmp_path / f"work-{engine}"
+        greedy = {"rollout_engine": engine, "rollout_temperature": 1e-6, "precision": "fp32"}
+        report = dpo(**case, out=tmp_path / engine, work_dir=work, **DPO | greedy)
+        assert report["hyperparameters"]["rollout_engine"] == engine
+        pairs.append((work / "pairs.jsonl").read_text())
+    assert pairs[0] == pairs[1]
+    assert (len(vllm.started), vllm.running) == (1, 0)
 
 
 def test_what_cannot_be_is_said_in_one_sentence(tmp_path, monkeypatch):

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 
 from regrow.data.templates import Encoded
@@ -6,6 +8,7 @@ from regrow.modeling.load import load_model, load_tokenizer
 from regrow.training.distill import distill
 from regrow.training.rollouts import Rollouts, prompt_length
 from regrow.training.student import HiddenStates
+from regrow.training.writing import own_answers
 from tiny_models import save_tiny_model
 from training_case import QUICK, make_case
 
@@ -30,6 +33,7 @@ def rollouts(model, folder, **options):
         "rows": rows,
         "plan": [(0, 1), (2,), (3, 0), (1,), (2, 3), (0,)],
         "tokenizer": tokenizer,
+        "answer": partial(own_answers, tokenizer=tokenizer),
         "fraction": 1.0,
         "refresh_steps": 2,
         "first": (0, 0),
