@@ -119,7 +119,6 @@ def generate_responses(
             right += 1
         row.tokens += chosen[: right + 1]
         row.lookup.extend(chosen[: right + 1])
-        row.lookup.judge(right)
         return right + 1
 
     def finish(row: _Row) -> None:

@@ -8,7 +8,7 @@ answers that repeat their prompt, a list's pattern or themselves need a fraction
 from collections.abc import Sequence
 
 _NGRAM = 3
-_FIRST, _MOST = 4, 16
+_LENGTH = 4  # tokens of a guess; on a CPU a token more costs about what it may save
 
 
 class Lookup:
@@ -21,8 +21,6 @@ class Lookup:
     def __init__(self, tokens: Sequence[int]) -> None:
         self._tokens: list[int] = []
         self._followers: dict[tuple[int, ...], int] = {}  # n-gram -> index of what followed it last
-        self._length = _FIRST
-        self._guessed = 0
         self.extend(tokens)
 
     def extend(self, tokens: Sequence[int]) -> None:
@@ -33,19 +31,12 @@ class Lookup:
             self._tokens.append(token)
 
     def guess(self, most: int) -> list[int]:
-        """At most `most` next tokens: those that followed the last n-gram before; none if it is new."""
+        """A few next tokens, `most` at most: what followed the last n-gram before; none if it is new."""
         begin = self._followers.get(tuple(self._tokens[-_NGRAM:]))
         guess: list[int] = []
         if begin is not None:
             said = len(self._tokens)
-            for place in range(begin, begin + min(self._length, most)):
+            for place in range(begin, begin + min(_LENGTH, most)):
                 # past what was said, the guess goes on from itself: a loop goes on as a loop
                 guess.append(self._tokens[place] if place < said else guess[place - said])
-        self._guessed = len(guess)
         return guess
-
-    def judge(self, num_right: int) -> None:
-        """Learn how many tokens of the last guess were right; longer guesses follow right ones."""
-        if self._guessed:
-            right = num_right == self._guessed
-            self._length = min(2 * self._length, _MOST) if right else max(num_right, _FIRST)

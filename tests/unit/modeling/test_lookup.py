@@ -19,16 +19,6 @@ def test_a_loop_goes_on_as_a_loop():
     assert Lookup([1, 2, 1, 2, 1]).guess(9) == [2, 1, 2, 1]
 
 
-def test_guesses_grow_while_they_are_right():
-    row = Lookup([7] * 5)
-    sizes = []
-    for right in (True, True, True, False, True):
-        guess = row.guess(99)
-        sizes.append(len(guess))
-        row.judge(len(guess) if right else 1)
-    assert sizes == [4, 8, 16, 16, 4]
-
-
 @given(st.lists(st.integers(0, 3), max_size=40), st.integers(0, 20), st.integers(0, 40))
 def test_guesses_agree_with_a_search_from_behind(tokens, most, cut):
     row = Lookup(tokens[:cut])
