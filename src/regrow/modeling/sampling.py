@@ -4,11 +4,14 @@ import torch
 from torch import Tensor
 
 _TOP_CANDIDATES = 256
+_BLOCK_ELEMENTS = 16 * 2**20  # logits at a time: sampling takes ten times their memory
 
 
 def greedy_tokens(logits_BV: Tensor) -> Tensor:
     """The most likely token of every row, [B]."""
-    return logits_BV.float().argmax(dim=-1)  # on a CPU, bf16 costs five times as much
+    if logits_BV.device.type == "cpu":
+        logits_BV = logits_BV.float()  # bf16 takes five times as long
+    return logits_BV.argmax(dim=-1)
 
 
 def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, *, temperature: float, top_p: float) -> Tensor:
@@ -23,6 +26,18 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, *, temperature: float, t
     Returns:
         token ids [B].
     """
+    size = max(1, _BLOCK_ELEMENTS // logits_BV.shape[-1])
+    blocks = zip(logits_BV.split(size), uniform_B.split(size), strict=True)
+    return torch.cat([_sample(logits, uniform, temperature, top_p) for logits, uniform in blocks])
+
+
+def uniform_stream(seed: int, index: int, size: int) -> Tensor:
+    """`size` random numbers of [0, 1) that depend on the seed and the conversation's index only."""
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + index * 7_919 + 17) % (1 << 63))
+    return torch.rand(size, generator=generator, dtype=torch.float64)
+
+
+def _sample(logits_BV: Tensor, uniform_B: Tensor, temperature: float, top_p: float) -> Tensor:
     probabilities = torch.softmax(logits_BV.float() / temperature, dim=-1)
     if top_p >= 1.0:
         return _invert(probabilities, uniform_B * probabilities.sum(-1))
@@ -35,12 +50,6 @@ def sample_tokens(logits_BV: Tensor, uniform_B: Tensor, *, temperature: float, t
     nucleus = values.masked_fill(before >= top_p, 0.0)
     chosen = _invert(nucleus, uniform_B * nucleus.sum(-1))
     return tokens.gather(-1, chosen[:, None])[:, 0]
-
-
-def uniform_stream(seed: int, index: int, size: int) -> Tensor:
-    """`size` random numbers of [0, 1) that depend on the seed and the conversation's index only."""
-    generator = torch.Generator().manual_seed((seed * 1_000_003 + index * 7_919 + 17) % (1 << 63))
-    return torch.rand(size, generator=generator, dtype=torch.float64)
 
 
 def _invert(weights_BV: Tensor, target_B: Tensor) -> Tensor:

@@ -34,6 +34,13 @@ def test_nucleus_against_a_naive_walk(vocabulary, top_p, temperature):
     assert sum(a == b for a, b in zip(actual, expected, strict=True)) >= 63  # fp32 against fp64 at a border
 
 
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    logits, uniforms = torch.randn(7, 50), torch.rand(7, dtype=torch.float64)
+    whole = sample_tokens(logits, uniforms, temperature=1.0, top_p=0.9)
+    monkeypatch.setattr("regrow.modeling.sampling._BLOCK_ELEMENTS", 120)
+    assert torch.equal(sample_tokens(logits, uniforms, temperature=1.0, top_p=0.9), whole)
+
+
 def test_frequencies_follow_the_distribution():
     logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log().expand(20_000, 4)
     uniform = uniform_stream(0, 0, 20_000)
