@@ -195,6 +195,7 @@ def run_training(
                 refresh_steps=settings.refresh_steps,
                 first=(record.step, record.micro_batches),
                 batches_per_step=per_step,
+                batch_tokens=settings.batch_tokens,
                 max_new_tokens=settings.rollout_tokens,
                 temperature=settings.rollout_temperature,
                 batch_size=settings.rollout_batch_size,

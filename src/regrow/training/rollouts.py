@@ -5,6 +5,7 @@ step and kept on disk, so that a resumed run trains on the same ones.
 """
 
 import hashlib
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ class Rollouts:
         refresh_steps: steps per window.
         first: the step that this session starts at and its place in the plan.
         batches_per_step: micro-batches of a step over all processes.
+        batch_tokens: the most tokens of a micro-batch, padding counted; one with room for fewer of the
+            longest possible answers takes its first prompts only.
         max_new_tokens, temperature: how the student writes; temperature 0 is greedy.
         batch_size: answers in flight.
         seed: which batches, and the sampling.
@@ -50,6 +53,7 @@ class Rollouts:
         refresh_steps: int,
         first: tuple[int, int],
         batches_per_step: int,
+        batch_tokens: int,
         max_new_tokens: int,
         temperature: float,
         batch_size: int,
@@ -61,8 +65,8 @@ class Rollouts:
         self._rows, self._plan, self._tokenizer = rows, plan, tokenizer
         self._answer, self._fraction, self._seed = answer, fraction, seed
         self._refresh, self._first, self._per_step = refresh_steps, first, batches_per_step
+        self._batch_tokens, self._batch_size = batch_tokens, batch_size
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
-        self._batch_size = batch_size
         self._rank, self._world_size = rank, world_size
         self._end = (turn_end_ids(tokenizer) or end_token_ids(tokenizer))[:1]
         self._window = -1
@@ -104,16 +108,11 @@ class Rollouts:
         step, place = self._first
         begin = place + (max(window * self._refresh, step) - step) * self._per_step
         end = min(place + ((window + 1) * self._refresh - step) * self._per_step, len(self._plan))
-        mine = [
-            (position, [self._rows[number] for number in self._plan[position]])
+        texts = [
+            (position, self._tokenizer.decode(prompt))
             for position in range(begin + self._rank, end, self._world_size)
             if self.chosen(position)
-        ]
-        texts = [
-            (position, self._tokenizer.decode(row.input_ids[: prompt_length(row)]))
-            for position, rows in mine
-            for row in rows
-            if prompt_length(row)
+            for prompt in self._prompts(position)
         ]
         if not texts:
             return {}
@@ -137,6 +136,14 @@ class Rollouts:
                 row = Encoded([*ids, *tokens], [False] * len(ids) + [True] * len(tokens))
                 written.setdefault(position, []).append(row)
         return written
+
+    def _prompts(self, position: int) -> list[list[int]]:
+        """The first prompts of a micro-batch that fit into it with the longest possible answers."""
+        rows = [self._rows[number] for number in self._plan[position]]
+        prompts = [row.input_ids[:length] for row in rows if (length := prompt_length(row))]
+        widths = itertools.accumulate((len(prompt) + self._max_new_tokens for prompt in prompts), max)
+        fitting = sum(count * width <= self._batch_tokens for count, width in enumerate(widths, 1))
+        return prompts[: max(fitting, 1)]
 
 
 def require_prompts(rows: Sequence[Encoded]) -> None:

@@ -38,6 +38,7 @@ def rollouts(model, folder, **options):
         "refresh_steps": 2,
         "first": (0, 0),
         "batches_per_step": 1,
+        "batch_tokens": 100,
         "max_new_tokens": 6,
         "temperature": 1.0,
         "batch_size": 32,
@@ -66,6 +67,14 @@ def test_student_answers_the_prompts_of_the_window(model, tmp_path):
         assert text == f"ask {number} "
         assert 1 <= sum(row.response_mask) <= 7
     assert rollouts(model, tmp_path).replace(2) is None  # not of this window
+
+
+@pytest.mark.parametrize(("batch_tokens", "count"), [(1, 1), (23, 1), (24, 2), (47, 3), (48, 4), (99, 4)])
+def test_a_micro_batch_keeps_its_size_with_the_longest_answers(model, tmp_path, batch_tokens, count):
+    """Prompts of 6 tokens, answers of up to 6."""
+    settings = {"plan": [(0, 1, 2, 3)] * 6, "batch_tokens": batch_tokens}
+    [rows] = written(rollouts(model, tmp_path, **settings), model, 0, (0,))
+    assert len(rows) == count
 
 
 def test_same_seed_same_answers_and_another_window_others(model, tmp_path):
