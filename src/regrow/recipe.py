@@ -80,6 +80,12 @@ def contradiction(section: Any) -> str | None:
             f"teacher_mode {section.teacher_mode} knows too little of the teacher for loss {section.loss}; "
             "set loss: forward_kl or another teacher_mode"
         )
+    writes = section.on_policy_fraction or section.select_by == "development"
+    if section.rollout_engine == "vllm" and not writes:
+        return (
+            "rollout_engine: vllm has nothing to write; set on_policy_fraction or select_by: development, or "
+            "leave it out"
+        )
     return None
 
 

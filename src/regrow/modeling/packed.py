@@ -18,6 +18,13 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
 
 _NAME = "regrow_packed"
+# Model types whose attention is nothing but softmax over keys and values of one head size, as their own code
+# in transformers has it; the tests compare each with one-by-one generation. Others may build masks, biases or
+# sinks inside their layers, which packing would silently leave out.
+PLAIN = (
+    *("gemma", "glm", "glm4", "granite", "llama", "mistral", "mixtral", "olmo2", "phi3"),
+    *("qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "smollm3"),
+)
 _GROWTH_COLUMNS = 256
 _GROUP_ROWS = 8
 
@@ -56,10 +63,10 @@ class _Group:
     def visible(self, repeats: int) -> Tensor:
         """Columns that a query sees, bool [rows, 1, width * repeats, columns]; each query `repeats` times."""
         if repeats not in self._visible:
-            last_RS = torch.tensor(self._starts)[:, None] + torch.arange(self.width)
-            last_RS = last_RS.repeat_interleave(repeats, 1)
-            seen = torch.arange(self.num_columns) <= last_RS[:, None, :, None]
-            self._visible[repeats] = seen.to(self._device)
+            starts_R1 = torch.tensor(self._starts, device=self._device)[:, None]
+            places_S = torch.arange(self.width, device=self._device).repeat_interleave(repeats)
+            columns_W = torch.arange(self.num_columns, device=self._device)
+            self._visible[repeats] = columns_W <= (starts_R1 + places_S)[:, None, :, None]
         return self._visible[repeats]
 
 
@@ -131,6 +138,12 @@ class _PackedLayer(CacheLayerMixin):
             new[:, :, : old.shape[2]] = old
             setattr(self, name, new)
 
+    def clear(self, row: int) -> None:
+        """Whatever a row's predecessor left there must not meet a weight of zero (0 x NaN)."""
+        if self.is_initialized:
+            self.keys[row].zero_()
+            self.values[row].zero_()
+
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return query_length, 0  # nobody asks for a mask
 
@@ -171,6 +184,10 @@ class PackedCache(Cache):
             for layer in self._buffers:
                 if layer.is_initialized:
                     layer.grow(self.num_columns)
+        for row, start in enumerate(starts, first):
+            if not start:
+                for layer in self._buffers:
+                    layer.clear(row)
         self.packing = Packing(starts, counts, first, device)
         return self.packing
 
@@ -191,10 +208,12 @@ class PackedCache(Cache):
 
 
 def can_pack(causal: Any) -> bool:
-    """Whether a model's layers all attend to everything before, through PyTorch's own attention."""
-    if causal.config._attn_implementation != "sdpa" or not causal._supports_attention_backend:
+    """Whether a model is known to attend to everything before, plainly, through PyTorch's own attention."""
+    config = causal.config
+    if config.model_type not in PLAIN or not type(causal).__module__.startswith("transformers."):
         return False
-    return {type(layer).__name__ for layer in DynamicCache(config=causal.config).layers} <= {"DynamicLayer"}
+    layers = {type(layer).__name__ for layer in DynamicCache(config=config).layers}
+    return config._attn_implementation == "sdpa" and layers <= {"DynamicLayer"}
 
 
 @contextlib.contextmanager

@@ -167,7 +167,7 @@ class _Vllm:
                 top_p=top_p if do_sample else 1.0,
                 max_tokens=max_new_tokens,
                 stop_token_ids=self._end_ids,
-                seed=seed * 1_000_003 + index if do_sample else None,
+                seed=(seed * 1_000_003 + index) % (1 << 63) if do_sample else None,
                 detokenize=False,
             )
             for index in range(len(prompts))

@@ -1,6 +1,7 @@
 """What a training run has done so far; saved with every checkpoint, so that a resumed run tells one story."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -98,10 +99,15 @@ _MIN_HISTORY = 8
 _SPIKE_RATIO = 4.0
 
 
-def what_is_wrong(loss: float, grad_norm: float | None, recent: list[float]) -> str | None:
+def what_is_wrong(loss: float, grad_norm: float | None, recent: Sequence[float]) -> str | None:
     """Why a step must not be taken, or None.
 
     A spike is a loss above four times the median of the last 32 steps (once there are eight).
+
+    Args:
+        loss: the step's.
+        grad_norm: norm of its gradient.
+        recent: losses of the last steps; none where a loss is an estimate that may leap by itself.
     """
     if not math.isfinite(loss):
         return f"the loss is {loss}"

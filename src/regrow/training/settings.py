@@ -120,6 +120,8 @@ class TrainingSettings:
         values = asdict(self)
         for name in _NOT_IDENTITY:
             del values[name]
+        if self.teacher_mode not in ("top_k", "sampled"):
+            del values["teacher_entries"]
         return values
 
 

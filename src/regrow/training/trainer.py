@@ -239,7 +239,8 @@ class DistillTrainer(Trainer):
         # Every process holds the number of processes times its share: their mean is the step's loss.
         loss = float(self.accelerator.reduce(self._step_loss, "mean"))
         step = self.state.global_step + 1
-        wrong = what_is_wrong(loss, self._grad_norm, self.record.recent)
+        is_exact = self._settings.teacher_mode != "sampled"
+        wrong = what_is_wrong(loss, self._grad_norm, self.record.recent if is_exact else ())
         if wrong is None:
             self._skips_in_a_row = 0
             self.record.add_step(loss)
@@ -277,16 +278,13 @@ class DistillTrainer(Trainer):
 
     def trained_state(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
         """Trained parameters by their name in the causal language model, whole and on the CPU."""
-        trained = {n for n, p in self.student_model().named_parameters() if p.requires_grad}
-        if state_dict is None:
-            if self.is_fsdp_enabled:
-                state_dict = self.accelerator.get_state_dict(self.model)
-            else:
-                state_dict = dict(self.student_model().named_parameters())
-        return {
-            name.removeprefix("model."): state_dict[name].detach().cpu().contiguous()
-            for name in sorted(trained & set(state_dict))
-        }
+        trained: dict[str, Tensor] = dict(self.student_model().trained())
+        if state_dict is None and self.is_fsdp_enabled:
+            state_dict = self.accelerator.get_state_dict(self.model)
+        if state_dict is not None:
+            whole = {name.removeprefix("model."): value for name, value in state_dict.items()}
+            trained = {name: whole[name] for name in trained if name in whole}
+        return {name: trained[name].detach().cpu().contiguous() for name in sorted(trained)}
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
         folder = Path(output_dir or str(self.args.output_dir))

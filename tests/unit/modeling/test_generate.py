@@ -1,5 +1,6 @@
 """Generation against transformers' own `generate`, one prompt at a time."""
 
+import pkgutil
 import random
 
 import pytest
@@ -7,7 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from regrow.errors import UserError
+from regrow.modeling.decoders import open_decoder
 from regrow.modeling.generate import encode_prompt, end_token_ids, generate_responses
+from regrow.modeling.packed import PLAIN, can_pack
 from regrow.modeling.row_cache import RowCache
 from tiny_models import VARIANTS, save_tiny_tokenizer, tiny_config, tiny_model
 
@@ -54,21 +57,22 @@ def test_greedy_text_equals_one_by_one_generation(family, tokenizer, monkeypatch
     assert len({tuple(tokens) for tokens in expected}) > 2  # the model says different things
 
 
-def test_sliding_window_with_rows_of_different_age(tokenizer, monkeypatch):
-    """A window of 8 columns, so that a wrong distance between columns changes the text."""
-    monkeypatch.setattr("regrow.modeling.packed._GROUP_ROWS", 2)
-    config = tiny_config("mistral")
-    config.sliding_window = 8
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config).eval()
-    model.generation_config.eos_token_id = END_IDS
-    prompts = random_prompts(8, longest=40)
-    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=24, batch_size=3, progress=None)
-    assert [r.token_ids for r in responses] == [one_by_one(model, tokenizer, p, 24) for p in prompts]
+@pytest.mark.parametrize("packed", [True, False])
+def test_cache_grows_beyond_its_first_buffers(tokenizer, monkeypatch, packed):
+    grown = []
+    if packed:
+        cache, method = "regrow.modeling.packed", "regrow.modeling.packed._PackedLayer.grow"
+    else:
+        cache, method = "regrow.modeling.row_cache", "regrow.modeling.row_cache.RowCache._lay_out"
+        monkeypatch.setattr("regrow.modeling.decoders.can_pack", lambda causal: False)
+    monkeypatch.setattr(f"{cache}._GROWTH_COLUMNS", 3)
+    original = pkgutil.resolve_name(method)
 
+    def grow(self, *args):
+        grown.append(args)
+        return original(self, *args)
 
-def test_cache_grows_beyond_its_first_buffers(tokenizer, monkeypatch):
-    monkeypatch.setattr("regrow.modeling.row_cache._GROWTH_COLUMNS", 3)
+    monkeypatch.setattr(method, grow)
     model = tiny_model("qwen3")
     model.generation_config.eos_token_id = END_IDS
     prompts = [
@@ -79,6 +83,40 @@ def test_cache_grows_beyond_its_first_buffers(tokenizer, monkeypatch):
         model, tokenizer, prompts[::-1], max_new_tokens=40, batch_size=2, progress=None
     )
     assert [r.token_ids for r in responses] == [one_by_one(model, tokenizer, p, 40) for p in prompts[::-1]]
+    assert len(grown) > 3
+
+
+def test_only_tested_architectures_are_packed():
+    packed = {family for family in (*VARIANTS, "qwen3_5_text") if can_pack(tiny_model(family))}
+    types = {tiny_model(family).config.model_type for family in packed}
+    assert types == {*PLAIN} - {"mistral"}  # whose default has a window; see the next test
+    assert not packed & {"gemma2", "gemma3_text", "olmo3", "qwen3_5_text"}  # windows, linear attention
+
+
+@pytest.mark.parametrize("window", [8, None])
+def test_sliding_window_with_rows_of_different_age(tokenizer, monkeypatch, window):
+    """A window of 8 columns, so that a wrong distance between columns changes the text."""
+    monkeypatch.setattr("regrow.modeling.packed._GROUP_ROWS", 2)
+    config = tiny_config("mistral")
+    config.sliding_window = window
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert can_pack(model) == (window is None)
+    model.generation_config.eos_token_id = END_IDS
+    prompts = random_prompts(8, longest=40)
+    responses = generate_responses(model, tokenizer, prompts, max_new_tokens=24, batch_size=3, progress=None)
+    assert [r.token_ids for r in responses] == [one_by_one(model, tokenizer, p, 24) for p in prompts]
+
+
+def test_what_a_broken_row_leaves_does_not_reach_the_next():
+    model = tiny_model("llama")
+    with torch.no_grad(), open_decoder(model, 2) as decoder:
+        decoder.read([[1] * 9, [2] * 9])
+        for layer in decoder._cache._buffers:
+            layer.keys[1], layer.values[1] = torch.nan, torch.nan
+        decoder.keep([0])
+        decoder.read([[3, 4, 5]])
+        assert decoder.step([[6], [7]]).isfinite().all()
 
 
 def test_finished_rows_leave_and_waiting_ones_enter(tokenizer, monkeypatch):

@@ -69,6 +69,8 @@ def test_sampling_has_a_seed_per_prompt(folder, vllm):
     writer(CONVERSATIONS, do_sample=True, temperature=0.7, top_p=0.9, seed=3, **OPTIONS)
     seeds = [params.seed for _, sampling in vllm.asked for params in sampling]
     assert len(set(seeds)) == 6
+    writer(CONVERSATIONS, do_sample=True, seed=2**60, **OPTIONS)
+    assert all(0 <= params.seed < 2**63 for _, sampling in vllm.asked for params in sampling)
     assert len(vllm.started) == 1
     assert {params.temperature for params in vllm.asked[0][1]} == {0.7}
 

@@ -55,6 +55,7 @@ def test_published_recipe_has_the_published_settings():
         ({"finish": {"max_steps": 9, "teacher_mode": "cached"}}, ["finish", "live teacher"]),
         ({"finish": {"max_steps": 9, "teacher_mode": "top_k"}}, ["finish", "live teacher"]),
         ({"recover": {"max_steps": 9, "teacher_mode": "sampled", "loss": "jsd"}}, ["recover", "forward_kl"]),
+        ({"distill": {"max_steps": 9, "rollout_engine": "vllm"}}, ["distill", "nothing to write"]),
         ({"distill": {"max_steps": 9, "teacher_entries": 0}}, ["distill.teacher_entries", "0"]),
         ({"finish": {"max_steps": 9, "on_policy_fraction": 0}}, ["on_policy_fraction", "0"]),
         ({"evaluate": {"benchmarks": ["mmlu"]}}, ["benchmarks", "mmlu"]),

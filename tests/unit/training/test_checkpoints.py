@@ -11,6 +11,7 @@ from regrow.training.checkpoints import (
     read_record,
     staging_folder,
 )
+from regrow.training.settings import TrainingSettings
 
 
 def publish(work, step, **record):
@@ -63,6 +64,16 @@ def test_a_folder_of_another_run_is_refused_by_the_setting_that_differs(tmp_path
     claim_work_dir(tmp_path, {"seed": 0, "loss": "forward_kl"})
     with pytest.raises(UserError, match="with loss 'forward_kl', not 'jsd'"):
         claim_work_dir(tmp_path, {"seed": 0, "loss": "jsd"})
+
+
+def test_entries_of_the_teacher_matter_only_where_they_are_used():
+    ignored = [TrainingSettings(max_steps=1, teacher_entries=entries).identity() for entries in (8, 9)]
+    assert ignored[0] == ignored[1]
+    used = [
+        TrainingSettings(max_steps=1, teacher_mode="top_k", teacher_entries=entries).identity()
+        for entries in (8, 9)
+    ]
+    assert used[0] != used[1]
 
 
 def test_identity_with_tuples_survives_json(tmp_path):

@@ -13,6 +13,7 @@ from regrow.errors import RunError, UserError
 from regrow.modeling.load import load_tokenizer
 from regrow.training import trainer as trainer_module
 from regrow.training.distill import distill
+from regrow.training.record import what_is_wrong
 from regrow.training.rows import plan_run
 from regrow.training.teacher import LiveTeacher
 from regrow.training.trainer import DistillTrainer
@@ -191,6 +192,20 @@ def test_top_k_of_the_whole_vocabulary_gives_the_same_curve(case, tmp_path, opti
     ):  # fmt: skip
         left, right = ([entry[figure] for entry in report[curve]] for report in (live, stored))
         assert right == pytest.approx(left, rel=1e-3), figure
+
+
+@pytest.mark.parametrize("mode", ["live", "sampled"])
+def test_an_estimated_loss_may_leap(case, tmp_path, monkeypatch, mode):
+    """Estimates of a small KL from few draws are several times their median now and then."""
+    histories = []
+
+    def look(loss, grad_norm, recent):
+        histories.append(len(recent))
+        return what_is_wrong(loss, grad_norm, recent)
+
+    monkeypatch.setattr("regrow.training.trainer.what_is_wrong", look)
+    distill(**case, out=tmp_path / "out", work_dir=tmp_path / "work", **QUICK, teacher_mode=mode)
+    assert (max(histories) > 0) == (mode == "live")
 
 
 @pytest.mark.parametrize("mode", ["top_k", "sampled"])
