@@ -24,7 +24,7 @@ def training_arguments(settings: TrainingSettings, work_dir: Path) -> TrainingAr
         settings,
         work_dir,
         eval_strategy="steps",
-        eval_steps=settings.eval_steps or settings.interval,
+        eval_steps=settings.evaluation_interval,
         save_strategy="steps",
         save_steps=settings.save_steps or settings.interval,
         bf16=False,

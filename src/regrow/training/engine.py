@@ -339,7 +339,7 @@ def _held_out_tokens(rows: list[Encoded], plan: Plan, settings: TrainingSettings
     if settings.held_out_tokens is not None:
         return settings.held_out_tokens
     planned = sum(len(rows[row].input_ids) for batch in plan for row in batch)
-    evaluations = settings.max_steps // (settings.eval_steps or settings.interval) + 1
+    evaluations = settings.max_steps // settings.evaluation_interval + 1
     return min(max(planned // (4 * evaluations), 2_048), 16_384)
 
 
