@@ -34,7 +34,7 @@ from regrow.training.rollouts import Rollouts, require_prompts
 from regrow.training.rows import Plan, RunBatches, plan_held_out, plan_run, usable_rows
 from regrow.training.settings import CorpusSpec, TrainingSettings
 from regrow.training.student import HiddenStates, load_dtype, product_dtype, share_frozen
-from regrow.training.teacher import LiveTeacher, Teacher, cached_teacher
+from regrow.training.teacher import LiveTeacher, Teacher, cached_teacher, check_vocabularies
 from regrow.training.trainer import DistillTrainer
 from regrow.training.writing import Replacements, find_answer
 
@@ -87,6 +87,7 @@ def run_training(
     pick_device(settings.device)
     require_engine(settings.rollout_engine)
     readers = CheckpointReader(student), CheckpointReader(teacher)
+    check_vocabularies(*readers)
     args = training_arguments(settings, work_dir)
     tokenizer = load_tokenizer(student, settings.trust_remote_code)
     corpus, held = (
@@ -302,18 +303,12 @@ def _teachers(
     student_head = head_of(model)
 
     def load_teacher() -> PreTrainedModel:
-        loaded = load_model(
+        return load_model(
             readers[1].folder,
             dtype=product_dtype(settings.precision),
             device=args.device,
             trust_remote_code=settings.trust_remote_code,
         ).requires_grad_(False)
-        if head_of(loaded).weight_VD.shape[0] != student_head.weight_VD.shape[0]:
-            raise UserError(
-                f"The vocabularies differ: {readers[0].folder} has {student_head.weight_VD.shape[0]} tokens, "
-                f"{readers[1].folder} {head_of(loaded).weight_VD.shape[0]}; use the model's own parent."
-            )
-        return loaded
 
     if settings.teacher_mode != "live":
         return cached_teacher(

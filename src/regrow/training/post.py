@@ -12,7 +12,7 @@ from regrow.checkpoint.overlay import overlay_checkpoint
 from regrow.data.blend import encode_corpora
 from regrow.errors import UserError
 from regrow.files import require_new_folder
-from regrow.modeling.hidden import check_head, head_of
+from regrow.modeling.hidden import check_head
 from regrow.modeling.load import load_model, load_tokenizer, pick_device
 from regrow.progress import Progress
 from regrow.training.held_out import HeldOut
@@ -23,7 +23,7 @@ from regrow.training.post_steps import PostData, PostSteps
 from regrow.training.rows import plan_held_out, usable_rows
 from regrow.training.settings import CorpusSpec
 from regrow.training.student import load_dtype, product_dtype, set_precision, stored_dtypes
-from regrow.training.teacher import LiveTeacher
+from regrow.training.teacher import LiveTeacher, check_vocabularies
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,7 @@ def run_post(
     require_new_folder(out)
     device = pick_device(settings.device)
     reader = CheckpointReader(student)
+    check_vocabularies(reader, CheckpointReader(teacher))
     tokenizer = load_tokenizer(student, settings.trust_remote_code)
     held = encode_corpora(
         tokenizer,
@@ -88,7 +89,6 @@ def run_post(
                 trust_remote_code=settings.trust_remote_code,
             )
         )
-        num_vocabulary = live.head.weight_VD.shape[0]
         measured = HeldOut(held_rows[:num_held], plan, "all", live)
         measured.release_teacher(device)
         del live
@@ -99,10 +99,6 @@ def run_post(
             trust_remote_code=settings.trust_remote_code,
         )
         check_head(model)
-        if num_vocabulary != head_of(model).weight_VD.shape[0]:
-            raise UserError(
-                f"The vocabularies of {student} and {teacher} differ; use the model's own parent."
-            )
         set_precision(model, [], stored_dtypes(reader), settings.precision)
         data = method.data(model, tokenizer)
         module, adapter_notes = add_adapters(

@@ -141,6 +141,18 @@ def head_tensor(reader: CheckpointReader) -> str:
     return embedding
 
 
+def check_vocabularies(student: CheckpointReader, teacher: CheckpointReader) -> None:
+    """Raises:
+    UserError: the two models do not predict the same number of tokens.
+    """
+    ours, theirs = (reader.tensors[head_tensor(reader)].shape[0] for reader in (student, teacher))
+    if ours != theirs:
+        raise UserError(
+            f"The vocabularies differ: {student.folder} has {ours} tokens, {teacher.folder} {theirs}; use "
+            "the model's own parent."
+        )
+
+
 def same_tensor(left: CheckpointReader, right: CheckpointReader, names: tuple[str, str]) -> bool:
     """Whether two checkpoints hold the same values under two names."""
     one, other = left.tensors[names[0]], right.tensors[names[1]]
