@@ -7,6 +7,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from regrow.errors import UserError
+from regrow.modeling.load import pick_device
 from regrow.training.settings import TrainingSettings
 
 
@@ -60,7 +61,7 @@ def arguments_of(config: Any, settings: Any, work_dir: Path, **own: Any) -> Any:
             logging_nan_inf_filter=False,
             report_to=list(settings.report_to) or ["none"],
             seed=settings.seed,
-            use_cpu=settings.device == "cpu",
+            use_cpu=pick_device(settings.device).type == "cpu",  # else bf16 is refused where there is no GPU
             disable_tqdm=True,
             remove_unused_columns=False,
             dataloader_pin_memory=False,

@@ -20,7 +20,6 @@ from vllm_stand_in import install_vllm
 QUICK = {
     "max_steps": 3,
     "sequence_length": 48,
-    "device": "cpu",
     "precision": "fp32",
     "report_to": (),
     "logging_steps": 1,
