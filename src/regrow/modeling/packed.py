@@ -116,9 +116,12 @@ class _PackedLayer(CacheLayerMixin):
         self._owner = owner
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        shape = (self._owner.max_rows, key_states.shape[1], self._owner.num_columns)
-        self.keys = key_states.new_zeros(*shape, key_states.shape[-1])
-        self.values = value_states.new_zeros(*shape, value_states.shape[-1])
+        device, dtype = key_states.device, key_states.dtype
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)  # attention would cast all of it in every step
+        for name, states in (("keys", key_states), ("values", value_states)):
+            shape = (self._owner.max_rows, states.shape[1], self._owner.num_columns, states.shape[3])
+            setattr(self, name, torch.zeros(shape, dtype=dtype, device=device))
         self.is_initialized = True
 
     def update(
@@ -127,8 +130,8 @@ class _PackedLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         packing = self._owner.packing
-        self.keys[packing.rows, :, packing.columns] = key_states[0].transpose(0, 1)
-        self.values[packing.rows, :, packing.columns] = value_states[0].transpose(0, 1)
+        for buffer, states in ((self.keys, key_states), (self.values, value_states)):
+            buffer[packing.rows, :, packing.columns] = states[0].transpose(0, 1).to(buffer.dtype)
         return self.keys, self.values
 
     def grow(self, num_columns: int) -> None:
