@@ -29,7 +29,7 @@ class Decoder(Protocol):
         """Give every row its next tokens; logits [N, V] of what follows each of them, row after row."""
 
     def advance(self, counts: Sequence[int]) -> None:
-        """Say how many of each row's last tokens stay; after `read` everything does."""
+        """Say how many of each row's tokens in the last step stay."""
 
     def keep(self, rows: Sequence[int]) -> None:
         """Drop every row that is not in the list (ascending positions)."""
@@ -54,37 +54,33 @@ class PackedDecoder:
     def __init__(self, model: Any, max_rows: int) -> None:
         self._forward = _Forward(model)
         self._cache = PackedCache(self._forward.config, max_rows)
-        self._first = 0
-        self._reads = False
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Read the prompts in one pass; none of their tokens is computed for nothing."""
-        self._first, self._reads = len(self._cache.lengths), True
-        logits = self._pass(prompts)
-        self._cache.advance([len(prompt) for prompt in prompts], self._first)
+        first = len(self._cache.lengths)
+        logits = self._pass(prompts, first, only_last=True)
+        self._cache.advance([len(prompt) for prompt in prompts], first)
         return logits
 
     def step(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Judge each row's last token and the guesses behind it."""
-        self._first, self._reads = 0, False
-        return self._pass(tokens)
+        return self._pass(tokens, 0, only_last=False)
 
     def advance(self, counts: Sequence[int]) -> None:
         """Forget the guesses that were wrong."""
-        if not self._reads:
-            self._cache.advance(counts, 0)
+        self._cache.advance(counts, 0)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Close the gaps."""
         self._cache.keep(rows)
 
-    def _pass(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        packing = self._cache.pack([len(some) for some in tokens], self._first, self._forward.device)
+    def _pass(self, tokens: Sequence[Sequence[int]], first: int, only_last: bool) -> Tensor:
+        packing = self._cache.pack([len(some) for some in tokens], first, self._forward.device)
         return self._forward(
             torch.tensor([[token for some in tokens for token in some]]),
             packing.columns[None],
             self._cache,
-            logits_to_keep=packing.last if self._reads else 0,
+            logits_to_keep=packing.last if only_last else 0,
             packing=packing,
         )[0]
 
@@ -96,7 +92,6 @@ class LockstepDecoder:
 
     def __init__(self, model: Any, max_rows: int) -> None:
         self._forward = _Forward(model)
-        self._max_rows = max_rows
         self._cache = RowCache(self._forward.config, max_rows)
 
     def read(self, prompts: Sequence[Sequence[int]]) -> Tensor:

@@ -150,7 +150,9 @@ def generate_responses(
                     row.guess = row.lookup.guess(most) if decoder.takes_guesses else []
                 logits = decoder.step([[row.tokens[-1], *row.guess] for row in rows])
             chosen = iter(choose(logits, new))
-            decoder.advance([accept(row, [next(chosen) for _ in range(1 + len(row.guess))]) for row in new])
+            counts = [accept(row, [next(chosen) for _ in range(1 + len(row.guess))]) for row in new]
+            if new is rows:  # a step; what was read stays whole
+                decoder.advance(counts)
             done = [row.tokens[-1] in end_ids or len(row.tokens) >= max_new_tokens for row in rows]
             if any(done):
                 kept = [position for position, is_done in enumerate(done) if not is_done]

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import AttentionMaskInterface
+
+from regrow.modeling.buffers import BufferLayer
 
 _NAME = "regrow_packed"
 # Model types whose attention is nothing but softmax over keys and values of one head size, as their own code
@@ -104,16 +106,8 @@ class Packing:
         self.last = (torch.tensor(counts).cumsum(0) - 1).to(device)
 
 
-class _PackedLayer(CacheLayerMixin):
-    """Keys and values of one layer, [rows, heads, columns, head size]."""
-
-    is_sliding = False
-
-    def __init__(self, owner: "PackedCache") -> None:
-        super().__init__()
-        self.keys: Any = None
-        self.values: Any = None
-        self._owner = owner
+class _PackedLayer(BufferLayer):
+    """A layer whose rows write columns of their own."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         device, dtype = key_states.device, key_states.dtype
@@ -152,12 +146,6 @@ class _PackedLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         return 0  # positions are always given
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
 
 
 class PackedCache(Cache):
@@ -204,9 +192,7 @@ class PackedCache(Cache):
         for layer in self._buffers:
             for target, source in enumerate(rows):
                 if target != source:
-                    columns = slice(self.lengths[source])
-                    layer.keys[target, :, columns] = layer.keys[source, :, columns]
-                    layer.values[target, :, columns] = layer.values[source, :, columns]
+                    layer.move(source, target, slice(self.lengths[source]))
         self.lengths = [self.lengths[row] for row in rows]
 
 

@@ -13,20 +13,13 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, LinearAttentionCacheLayerMixin
 
 from regrow.errors import UserError
+from regrow.modeling.buffers import BufferLayer
 
 _GROWTH_COLUMNS = 256
 
 
-class _BufferLayer(CacheLayerMixin):
-    """Keys and values of one attention layer, [rows, heads, columns, head size], allocated ahead."""
-
-    is_sliding = False  # sliding-window layers keep every column too; their mask hides the old ones
-
-    def __init__(self, owner: "RowCache") -> None:
-        super().__init__()
-        self.keys: Any = None
-        self.values: Any = None
-        self._owner = owner
+class _RowLayer(BufferLayer):
+    """A layer all of whose rows write the same column."""
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """The first forward's tensors become the buffers as they are; `RowCache.absorb` copies from them."""
@@ -49,13 +42,8 @@ class _BufferLayer(CacheLayerMixin):
         return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self._owner.end - self._owner.begin
-
-    def get_max_length(self) -> int:
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        return -1
+        length: int = self._owner.end - self._owner.begin
+        return length
 
 
 class RowCache(Cache):
@@ -81,7 +69,7 @@ class RowCache(Cache):
                     f"The architecture {config.model_type} keeps its context in {type(layer).__name__}, "
                     "which regrow cannot generate with; use a model with plain or linear attention."
                 )
-            layers.append(_BufferLayer(self) if attention else layer)
+            layers.append(_RowLayer(self) if attention else layer)
         super().__init__(layers=layers)
         self._max_rows = max_rows
         self.num_rows = self.begin = self.end = 0
@@ -139,9 +127,7 @@ class RowCache(Cache):
         for layer in self._buffers():
             for target, source in enumerate(rows):
                 if target != source:
-                    window = slice(self.starts[source], self.end)
-                    layer.keys[target, :, window] = layer.keys[source, :, window]
-                    layer.values[target, :, window] = layer.values[source, :, window]
+                    layer.move(source, target, slice(self.starts[source], self.end))
         for layer in self._states():
             _select_states(layer, rows)
         self.starts = [self.starts[row] for row in rows]
@@ -149,7 +135,7 @@ class RowCache(Cache):
         self.begin = min(self.starts, default=self.end)
 
     def _buffers(self) -> list[Any]:
-        return [layer for layer in self.layers if isinstance(layer, _BufferLayer)]
+        return [layer for layer in self.layers if isinstance(layer, _RowLayer)]
 
     def _states(self) -> list[Any]:
         return [layer for layer in self.layers if isinstance(layer, LinearAttentionCacheLayerMixin)]
