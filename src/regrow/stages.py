@@ -5,7 +5,6 @@ stage writes into a folder that the runner publishes when the function returns.
 """
 
 import importlib
-import importlib.util
 import os
 import shutil
 from collections.abc import Callable
@@ -174,22 +173,23 @@ def _development(stage: str) -> Callable[[Recipe], dict[str, Any]]:
     return prompts
 
 
-def _require_package(name: str, what: str, remedy: str) -> None:
-    if importlib.util.find_spec(name) is None:
-        raise UserError(f"{what} needs {name}, which is not installed; {remedy}.")
+def _require_engine(name: str) -> None:
+    from regrow.modeling.writers import require_engine
 
-
-def _require_engine(name: str, key: str) -> None:
-    if name == "vllm":
-        _require_package("vllm", "The engine vllm", f"run pip install vllm, or use {key}: transformers")
+    require_engine(name)
 
 
 def _check_rollouts(stage: str) -> Callable[[Recipe], None]:
-    return lambda recipe: _require_engine(getattr(recipe, stage).rollout_engine, "rollout_engine")
+    return lambda recipe: _require_engine(getattr(recipe, stage).rollout_engine)
 
 
 def _check_post(stage: str) -> Callable[[Recipe], None]:
-    return lambda recipe: _require_package("trl", f"The stage {stage}", "run pip install 'regrow[post]'")
+    def check(recipe: Recipe) -> None:
+        from regrow.training.post_settings import require_trl
+
+        require_trl(stage)
+
+    return check
 
 
 def _check_dpo(recipe: Recipe) -> None:
@@ -209,7 +209,7 @@ def _check_dpo(recipe: Recipe) -> None:
 def _check_evaluate(recipe: Recipe) -> None:
     if "ifeval" not in recipe.evaluate.benchmarks:
         return
-    _require_engine(recipe.evaluate.ifeval.engine, "engine")
+    _require_engine(recipe.evaluate.ifeval.engine)
     prompts = recipe.evaluate.ifeval.prompts
     if is_local(prompts):
         from regrow.data.prompts import read_prompts

@@ -177,6 +177,11 @@ def end_token_ids(tokenizer: Any, model: Any = None) -> list[int]:
     return sorted(int(token) for token in ids)
 
 
+def closing_ids(tokenizer: Any) -> list[int]:
+    """What stands behind a finished answer: the token that ends a turn, or the text; empty without either."""
+    return (turn_end_ids(tokenizer) or end_token_ids(tokenizer))[:1]
+
+
 def encode_prompt(tokenizer: Any, conversation: Conversation, enable_thinking: bool | None) -> list[int]:
     """Token ids of a prompt, ready for the answer.
 

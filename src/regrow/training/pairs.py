@@ -18,7 +18,7 @@ from regrow.data.corpora import Example
 from regrow.data.templates import Encoded, tokenize_example, turn_end_ids
 from regrow.errors import UserError
 from regrow.files import disk_errors, read_json, write_json
-from regrow.modeling.generate import encode_prompt, end_token_ids
+from regrow.modeling.generate import closing_ids, encode_prompt
 from regrow.progress import say
 from regrow.training.rollouts import prompt_length
 from regrow.training.student import HiddenStates
@@ -136,7 +136,7 @@ def load_or_make_pairs(
         seed=seed,
         progress="student answers",
     )
-    end = (turn_end_ids(tokenizer) or end_token_ids(tokenizer))[:1]
+    end = closing_ids(tokenizer)
     pairs: list[Pair] = []
     too_long = 0
     for number, (row, prompt_ids) in enumerate(zip(rows, prompts, strict=True)):

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from regrow.data.templates import Encoded, turn_end_ids
+from regrow.data.templates import Encoded
 from regrow.errors import UserError
 from regrow.files import read_json, write_json
-from regrow.modeling.generate import encode_prompt, end_token_ids
+from regrow.modeling.generate import closing_ids, encode_prompt
 from regrow.training.student import HiddenStates
 from regrow.training.writing import Answer
 
@@ -68,7 +68,7 @@ class Rollouts:
         self._batch_tokens, self._batch_size = batch_tokens, batch_size
         self._max_new_tokens, self._temperature = max_new_tokens, temperature
         self._rank, self._world_size = rank, world_size
-        self._end = (turn_end_ids(tokenizer) or end_token_ids(tokenizer))[:1]
+        self._end = closing_ids(tokenizer)
         self._window = -1
         self._written: dict[int, list[Encoded]] = {}
 

@@ -120,10 +120,10 @@ def test_a_training_verb_sets_keys_of_its_section_and_of_the_recipe():
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"evaluate": {"ifeval": {"engine": "vllm"}}}, "engine vllm needs vllm"),
+        ({"evaluate": {"ifeval": {"engine": "vllm"}}}, "engine vllm .* pip install vllm"),
         ({"evaluate": {"ifeval": {"prompts": "./nope.jsonl"}}}, "nope.jsonl do not exist"),
-        ({"finish": {"max_steps": 1, "rollout_engine": "vllm"}}, "engine vllm .* use rollout_engine: transf"),
-        ({"sft": {"max_steps": 1}}, "stage sft needs trl"),
+        ({"finish": {"max_steps": 1, "rollout_engine": "vllm"}}, "engine vllm .* use the engine transformers"),
+        ({"sft": {"max_steps": 1}}, "sft trains with TRL, .* pip install"),
         (
             {"distill": {"max_steps": 1, "select_by": "development", "development_prompts": "no.jsonl"}},
             "no.jsonl",
@@ -131,7 +131,8 @@ def test_a_training_verb_sets_keys_of_its_section_and_of_the_recipe():
     ],
 )
 def test_what_a_late_stage_lacks_is_said_at_the_start(tmp_path, monkeypatch, change, words):
-    monkeypatch.setattr("regrow.stages.importlib.util.find_spec", lambda name: None)
+    for package in ("trl", "vllm"):
+        monkeypatch.setitem(sys.modules, package, None)
     recipe = parse_recipe(MINIMAL | change, "recipe.yaml")
     with pytest.raises(UserError, match=words):
         check_stages(plan_run(recipe, tmp_path), recipe)
