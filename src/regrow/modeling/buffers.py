@@ -1,5 +1,6 @@
 """What the caches of generation have in common: a layer's keys and values in buffers with room to grow."""
 
+import weakref
 from typing import Any
 
 from transformers.cache_utils import CacheLayerMixin
@@ -18,7 +19,8 @@ class BufferLayer(CacheLayerMixin):
         super().__init__()
         self.keys: Any = None
         self.values: Any = None
-        self._owner = owner
+        # No circle: a cache is freed when its generation ends, not when the garbage collector comes by.
+        self._owner = weakref.proxy(owner)
 
     def move(self, source: int, target: int, columns: slice) -> None:
         """Copy the columns of a row over those of another."""

@@ -1,5 +1,6 @@
 """Generation against transformers' own `generate`, one prompt at a time."""
 
+import gc
 import pkgutil
 import random
 
@@ -8,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from regrow.errors import UserError
+from regrow.modeling.buffers import BufferLayer
 from regrow.modeling.decoders import open_decoder
 from regrow.modeling.generate import encode_prompt, end_token_ids, generate_responses
 from regrow.modeling.packed import PLAIN, can_pack
@@ -193,6 +195,18 @@ def test_responses_say_how_they_ended(tokenizer):
         assert response.finished or response.num_tokens == 15
         assert not set(response.token_ids) & set(END_IDS)
         assert response.text == tokenizer.decode(response.token_ids, skip_special_tokens=True)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_5"])
+def test_the_cache_is_freed_when_generation_ends(tokenizer, family):
+    model = tiny_model(family).eval()
+    gc.collect()
+    gc.disable()
+    try:
+        generate_responses(model, tokenizer, ["one", "two and more"], max_new_tokens=4, batch_size=2)
+        assert not [held for held in gc.get_objects() if isinstance(held, BufferLayer)]
+    finally:
+        gc.enable()
 
 
 def test_results_are_handed_over_as_they_finish(tokenizer):
