@@ -53,6 +53,24 @@ def make_case(folder: Path, family: str = "llama_tied", dtype: torch.dtype = tor
     }
 
 
+def preference_case(folder: Path, num_rows: int = 12) -> dict[str, Any]:
+    """Prompts with a constraint; the teacher's answers follow it, a random student's rarely do."""
+    case = make_case(folder)
+    meta = {"instruction_id_list": ["detectable_format:title"], "kwargs": [{}], "finished": True}
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"q{i}"},
+                {"role": "assistant", "content": f"<<t{i % 3}>>"},
+            ],
+            "meta": meta,
+        }
+        for i in range(num_rows)
+    ]
+    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return case
+
+
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     """All tensors of a model folder."""
     found: dict[str, torch.Tensor] = {}

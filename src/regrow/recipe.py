@@ -100,6 +100,7 @@ class Optimisation(Section):
     precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
     optimizer: str = "adamw_torch_fused"
     eval_steps: Positive | None = None
+    save_steps: Positive | None = None
     logging_steps: Positive = 10
     report_to: tuple[str, ...] = ("tensorboard",)
 
@@ -135,7 +136,6 @@ class Training(Optimisation):
     teacher_mode: Literal["live", "cached", "top_k", "sampled"] = "live"
     teacher_entries: Positive = 64
     loss_chunk_tokens: Positive | None = None
-    save_steps: Positive | None = None
     select_by: Literal["held_out_kl", "development", "last"] = "held_out_kl"
     patience: Positive | None = None
     development_prompts: str = "builtin:dev"

@@ -29,7 +29,8 @@ class Context:
         recipe: the whole recipe.
         parent: local folder of the parent checkpoint.
         out: folder to write into; it appears under its final name only when the stage is finished.
-        work: folder that survives a killed run (training checkpoints, finished evaluation records).
+        work: folder that survives a killed run (training checkpoints, finished evaluation records); the
+            folder that it lies in outlives changed settings too (preference pairs).
         run_dir: the run's folder.
         finished: folders of the finished upstream stages, by name.
     """
@@ -129,6 +130,8 @@ def _train(context: Context, stage: str, student: Path, out: Path) -> dict[str, 
     module, name = _TRAINING[stage]
     function = getattr(importlib.import_module(f"regrow.training.{module}"), name)
     recipe = context.recipe
+    # Beside the work folder, whose name changes with every key of the section.
+    own = {"pairs_dir": context.work.parent} if stage == "dpo" else {}
     return function(
         student=student,
         teacher=context.parent,
@@ -144,6 +147,7 @@ def _train(context: Context, stage: str, student: Path, out: Path) -> dict[str, 
         shards=recipe.prune.shards,
         max_shard_size=recipe.prune.max_shard_size,
         **getattr(recipe, stage).model_dump(),
+        **own,
     )
 
 
@@ -321,7 +325,7 @@ def train_once(
     """
     recipe = one_stage_recipe(stage, str(teacher), corpora, held_out, steps, overrides)
     work = out.with_name(f".{out.name}.work")
-    context = Context(recipe, teacher, out.parent, work, out.parent, {})
+    context = Context(recipe, teacher, out.parent, work / stage, out.parent, {})
     report = _train(context, stage, student, out)
     shutil.rmtree(work, ignore_errors=True)
     return report

@@ -6,11 +6,13 @@ import pytest
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from interruption import Killed, interrupted
 from regrow.cli import app
 from regrow.dry_run import describe_run
 from regrow.errors import UserError
 from regrow.recipe import parse_recipe
 from regrow.runner import run_recipe
+from regrow.training.trl_trainers import PlannedDpo
 from tiny_models import save_tiny_model
 
 QUICK = {"max_steps": 2, "report_to": [], "precision": "fp32", "logging_steps": 1, "rank": 2, "alpha": 4}
@@ -95,6 +97,29 @@ def test_finished_preferences_are_not_skipped_where_constraints_changed(recipe, 
         run_recipe(parse_recipe(recipe, "recipe"), tmp_path / "run", until="dpo")
 
 
+def test_other_settings_train_on_the_same_pairs(recipe, tmp_path, monkeypatch):
+    recipe["sft"] = None
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        interrupted(patch, PlannedDpo, "compute_loss", 1)
+        with pytest.raises(Killed):
+            run_recipe(parse_recipe(recipe, "recipe"), run, until="dpo")
+
+    def never(*args, **kwargs):
+        raise AssertionError("the student writes again")
+
+    monkeypatch.setattr("regrow.training.writing.generate_responses", never)
+    recipe["dpo"]["learning_rate"] = 1e-3
+    run_recipe(parse_recipe(recipe, "recipe"), run, until="dpo")
+    pairs = (run / "stages/dpo/pairs.jsonl").read_text()
+    recipe["dpo"]["beta"] = 0.2  # after the stage is finished too
+    run_recipe(parse_recipe(recipe, "recipe"), run, start="dpo", until="dpo")
+    assert (run / "stages/dpo/pairs.jsonl").read_text() == pairs
+    recipe["dpo"]["rollout_tokens"] = 7
+    with pytest.raises(AssertionError, match="writes again"):
+        run_recipe(parse_recipe(recipe, "recipe"), run, start="dpo", until="dpo")
+
+
 @pytest.mark.parametrize("verb", ["sft", "dpo"])
 def test_verbs_take_the_keys_of_their_section(recipe, tmp_path, verb):
     settings = recipe[verb] | {"report_to": "[]"}
@@ -108,6 +133,7 @@ def test_verbs_take_the_keys_of_their_section(recipe, tmp_path, verb):
     assert done.exit_code == 0
     assert f"method: {verb}" in done.stdout
     assert (tmp_path / "out" / "config.json").exists()
+    assert not (tmp_path / ".out.work").exists()
     done = CliRunner().invoke(app, [*command[:-1], str(tmp_path / "b"), "--set", "lr=1"])
     assert isinstance(done.exception, UserError)
     assert f"{verb}.lr" in str(done.exception)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from interruption import Killed, assert_same_run, interrupted
 from regrow.errors import UserError
 from regrow.training.distill import distill
 from regrow.training.recover import recover
@@ -24,30 +25,6 @@ SETTINGS = QUICK | {"gradient_accumulation_steps": 2, "max_steps": 7, "logging_s
 @pytest.fixture(scope="module")
 def case(tmp_path_factory):
     return make_case(tmp_path_factory.mktemp("case"))
-
-
-class Killed(BaseException):
-    """Stands for a signal: nothing in between may catch it."""
-
-
-def interrupted(monkeypatch, method, at):
-    """Break off the `at`-th call of a method of the trainer, once."""
-    real = getattr(DistillTrainer, method)
-    calls = iter(range(1, 1000))
-
-    def wrapped(self, *args, **kwargs):
-        if next(calls) == at:
-            raise Killed
-        return real(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillTrainer, method, wrapped)
-
-
-def assert_same_run(left, right, folders):
-    for curve in ("losses", "held_out", "chosen_step", "num_tokens", "num_response_tokens", "steps"):
-        assert left[curve] == right[curve], curve
-    one, other = map(tensors_of, folders)
-    assert all(same_bytes(one[name], other[name]) for name in one)
 
 
 @pytest.mark.parametrize(
@@ -63,7 +40,7 @@ def assert_same_run(left, right, folders):
 def test_interrupted_distillation_is_the_same_run(case, tmp_path, monkeypatch, method, at):
     whole = distill(**case, out=tmp_path / "a", work_dir=tmp_path / "wa", **SETTINGS)
     with monkeypatch.context() as patch:
-        interrupted(patch, method, at)
+        interrupted(patch, DistillTrainer, method, at)
         with pytest.raises(Killed):
             distill(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", **SETTINGS)
     assert not (tmp_path / "b").exists()
@@ -75,7 +52,7 @@ def test_dropout_and_adapters_resume_too(case, tmp_path, monkeypatch):
     lora = {"rank": 2, "alpha": 4, "dropout": 0.3, **SETTINGS}
     whole = recover(**case, out=tmp_path / "a", work_dir=tmp_path / "wa", **lora)
     with monkeypatch.context() as patch:
-        interrupted(patch, "compute_loss", 10)
+        interrupted(patch, DistillTrainer, "compute_loss", 10)
         with pytest.raises(Killed):
             recover(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", **lora)
     resumed = recover(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", **lora)
@@ -86,7 +63,7 @@ def test_on_policy_windows_resume_too(case, tmp_path, monkeypatch):
     settings = SETTINGS | {"on_policy_fraction": 0.5, "refresh_steps": 3, "rollout_tokens": 8}
     whole = distill(**case, out=tmp_path / "a", work_dir=tmp_path / "wa", **settings)
     with monkeypatch.context() as patch:
-        interrupted(patch, "compute_loss", 11)  # step 6: in the second window
+        interrupted(patch, DistillTrainer, "compute_loss", 11)  # step 6: in the second window
         with pytest.raises(Killed):
             distill(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", **settings)
     resumed = distill(**case, out=tmp_path / "b", work_dir=tmp_path / "wb", **settings)
@@ -97,7 +74,7 @@ def test_on_policy_windows_resume_too(case, tmp_path, monkeypatch):
 
 def test_a_finished_run_whose_result_was_lost_only_writes_it_again(case, tmp_path, monkeypatch):
     first = distill(**case, out=tmp_path / "a", work_dir=tmp_path / "w", **SETTINGS)
-    interrupted(monkeypatch, "compute_loss", 1)
+    interrupted(monkeypatch, DistillTrainer, "compute_loss", 1)
     second = distill(**case, out=tmp_path / "b", work_dir=tmp_path / "w", **SETTINGS)
     assert_same_run(first, second, (tmp_path / "a", tmp_path / "b"))
 

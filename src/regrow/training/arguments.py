@@ -26,8 +26,6 @@ def training_arguments(settings: TrainingSettings, work_dir: Path) -> TrainingAr
         work_dir,
         eval_strategy="steps",
         eval_steps=settings.evaluation_interval,
-        save_strategy="steps",
-        save_steps=settings.save_steps or settings.interval,
         bf16=False,
     )
 
@@ -59,6 +57,8 @@ def arguments_of(config: Any, settings: Any, work_dir: Path, **own: Any) -> Any:
             logging_strategy="steps",
             logging_steps=settings.logging_steps,
             logging_nan_inf_filter=False,
+            save_strategy="steps",
+            save_steps=settings.save_steps or settings.interval,
             report_to=list(settings.report_to) or ["none"],
             seed=settings.seed,
             use_cpu=pick_device(settings.device).type == "cpu",  # else bf16 is refused where there is no GPU

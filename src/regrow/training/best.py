@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from regrow.files import disk_errors
@@ -39,6 +39,10 @@ class BestWeights:
         with disk_errors(self._work_dir):
             save_file(dict(state), partial)
             os.replace(partial, self.path(step))
+
+    def load(self, step: int) -> dict[str, Tensor]:
+        """The weights of a step that was the best when it was measured."""
+        return load_file(self.path(step))
 
     def forget_unused(self) -> None:
         """Drop the files that no kept checkpoint refers to."""

@@ -6,20 +6,21 @@ which here is the model without its adapters. At the first step p = q, so the lo
 """
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import PreTrainedModel
 
+from regrow import __version__
 from regrow.checkpoint import CheckpointReader
 from regrow.data.constrained import constrained_rows, hash_rows
 from regrow.errors import UserError
-from regrow.files import require_new_folder
+from regrow.files import disk_errors, require_new_folder, sha256_json
 from regrow.modeling.writers import require_engine
 from regrow.recipe import Engine
-from regrow.training.checkpoints import claim_work_dir
-from regrow.training.pairs import Pair, load_or_make_pairs, require_pairs
+from regrow.training.pairs import PAIRS, Pair, load_or_make_pairs, require_pairs
 from regrow.training.post import PostMethod, run_post
 from regrow.training.post_settings import PostSettings, require_trl, trl_arguments
 from regrow.training.post_steps import PostData
@@ -39,6 +40,7 @@ def dpo(
     held_out: CorpusSpec,
     out: Path,
     work_dir: Path,
+    pairs_dir: Path | None = None,
     beta: float = 0.1,
     batch_size: int = 4,
     learning_rate: float = 1e-5,
@@ -57,9 +59,9 @@ def dpo(
     Args:
         student, teacher, held_out, out: see `sft`.
         corpora: prompts are their rows with constraints (`data.constrained`).
-        work_dir: the pairs and the trainer's logs. A killed stage that is called again with the same
-            student, prompts and sampling goes on from the pairs; the training starts again. (Within
-            `regrow run`, whose work folders belong to one recipe, with the same recipe.)
+        work_dir: as in `sft`, and a copy of the pairs, `pairs.jsonl`.
+        pairs_dir: keeps pairs by what they depend on (student, prompts, sampling), for runs that differ in
+            other settings too; None is `work_dir`.
         beta: how much a margin counts.
         batch_size: pairs of a micro-batch; every one is full, so all pairs of a step weigh the same.
         learning_rate, gradient_accumulation_steps, select_by: see `PostSettings`. Held-out KL is always
@@ -118,20 +120,17 @@ def dpo(
     require_pairs(len(rows), len(rows), min_pairs)  # more pairs than prompts there cannot be
     reader = CheckpointReader(student)
     args = trl_arguments(DPOConfig, settings, Path(work_dir), beta=beta)
-    claim_work_dir(
-        Path(work_dir),
-        {
-            "method": "dpo",
-            **sampling,
-            "rollout_engine": rollout_engine,
-            "precision": settings.precision,
-            "sequence_length": settings.sequence_length,
-            "enable_thinking": settings.enable_thinking,
-            "seed": settings.seed,
-            "student": reader.fingerprint(),
-            "prompts": hash_rows(rows),
-        },
-    )
+    sampled = {**sampling, "rollout_engine": rollout_engine, "prompts": hash_rows(rows)}
+    pairs_depend_on = {
+        **sampled,
+        "precision": settings.precision,
+        "sequence_length": settings.sequence_length,
+        "enable_thinking": settings.enable_thinking,
+        "seed": settings.seed,
+        "student": reader.fingerprint(),
+        "version": __version__,
+    }
+    pairs_folder = Path(pairs_dir or work_dir) / f"pairs-{sha256_json(pairs_depend_on)[:12]}"
 
     def data(model: PreTrainedModel, tokenizer: Any) -> PostData:
         answer = find_answer(
@@ -145,7 +144,7 @@ def dpo(
         )
         with torch.random.fork_rng():
             pairs, counts = load_or_make_pairs(
-                Path(work_dir),
+                pairs_folder,
                 HiddenStates(model, autocast=settings.precision == "bf16_mixed"),
                 tokenizer,
                 rows,
@@ -158,6 +157,8 @@ def dpo(
                 enable_thinking=settings.enable_thinking,
                 seed=settings.seed,
             )
+        with disk_errors(work_dir):
+            shutil.copy2(pairs_folder / PAIRS, work_dir)
         require_pairs(len(pairs), len(rows), min_pairs)
         return _data(pairs, counts, batch_size=batch_size, settings=settings)
 
@@ -165,16 +166,16 @@ def dpo(
         PostMethod(
             name="dpo",
             options={"loss": "dpo", "tokens": "response", "rollout_engine": rollout_engine, **own},
+            identity={"beta": beta, "batch_size": batch_size, **sampled},
             data=data,
-            trainer=lambda model, tokenizer, columns, steps: dpo_trainer(
-                model, tokenizer, args, columns, steps
-            ),
+            trainer=lambda model, tokenizer, steps: dpo_trainer(model, tokenizer, args, steps),
             figures=_FIGURES,
         ),
         student=Path(student),
         teacher=Path(teacher),
         held_out=held_out,
         out=Path(out),
+        work_dir=Path(work_dir),
         settings=settings,
     )
 

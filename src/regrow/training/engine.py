@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, TrainingArguments
 
@@ -246,7 +245,7 @@ def run_training(
             if not trainer.has_waited_enough:  # a run that was killed after it had stopped early stays so
                 trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
 
-    state, chosen_step, choice = _chosen_state(trainer, settings, work_dir)
+    state, chosen_step, choice = _chosen_state(trainer, settings)
     notes.append(choice)
     if development and (finished := record.held_out[-1]["development_finished"]) < _MOST_FINISH:
         notes.append(
@@ -350,9 +349,7 @@ def _check_student(model: PreTrainedModel, folder: Path) -> None:
         raise
 
 
-def _chosen_state(
-    trainer: DistillTrainer, settings: TrainingSettings, work_dir: Path
-) -> tuple[dict[str, Tensor], int, str]:
+def _chosen_state(trainer: DistillTrainer, settings: TrainingSettings) -> tuple[dict[str, Tensor], int, str]:
     """The weights to publish, the step they are from, and a sentence that says why."""
     record = trainer.record
     last = trainer.trained_state()
@@ -372,9 +369,8 @@ def _chosen_state(
             record.step,
             f"The weights are those of the last step, {record.step}, the best ({measured}).",
         )
-    best = load_file(work_dir / f"best-{record.best_step}.safetensors")
     chosen = f"The weights are those of step {record.best_step}, the best ({measured}){early}."
-    return best, record.best_step, chosen
+    return trainer.best.load(record.best_step), record.best_step, chosen
 
 
 @contextlib.contextmanager

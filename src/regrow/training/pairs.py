@@ -2,7 +2,7 @@
 verifiable constraints is chosen over the one that follows fewer.
 
 The candidates are the teacher's answer from the corpus and answers that the student writes itself. Pairs lie
-in the work folder as `pairs.jsonl`, one object a line, so that a stage that was killed goes on from them.
+in a folder of their own as `pairs.jsonl`, one object a line, so that a killed stage goes on from them.
 """
 
 import json
@@ -84,7 +84,7 @@ def _score(candidate: Candidate) -> int:
 
 
 def load_or_make_pairs(
-    work_dir: Path,
+    folder: Path,
     student: HiddenStates,
     tokenizer: Any,
     rows: Sequence[ConstrainedRow],
@@ -98,10 +98,10 @@ def load_or_make_pairs(
     enable_thinking: bool | None,
     seed: int,
 ) -> tuple[list[Pair], dict[str, Any]]:
-    """The pairs in `work_dir`, made and written first where they are not there yet.
+    """The pairs in `folder`, made and written first where they are not there yet.
 
     Args:
-        work_dir: must belong to these arguments (`checkpoints.claim_work_dir`).
+        folder: where pairs with these arguments lie, and no others; made where it is missing.
         student, tokenizer: the student, as it is before preference tuning.
         rows: prompts with constraints and the teacher's answers.
         answer: who writes for the student.
@@ -120,9 +120,9 @@ def load_or_make_pairs(
         UserError: the checkers or the chat template are missing, or a prompt exceeds the model's context.
         RunError: the device's memory is too small, or the disk is full.
     """
-    if (work_dir / PAIRS).exists():
-        say(f"dpo: the pairs in {work_dir} are used again.")
-        return _read(work_dir), read_json(work_dir / COUNTS)
+    if (folder / PAIRS).exists():
+        say(f"dpo: the pairs in {folder} are used again.")
+        return _read(folder), read_json(folder / COUNTS)
     require_checkers([kind for row in rows for kind in row.instruction_ids])
     prompts = [encode_prompt(tokenizer, row.prompt, enable_thinking) for row in rows]
     responses = answer(
@@ -159,7 +159,7 @@ def load_or_make_pairs(
         if found := choose_pair(fitting):
             pairs.append(Pair(row.where, prompt_ids, *found))
     counts = _counts(pairs, len(rows), too_long)
-    _write(work_dir, pairs, counts)
+    _write(folder, pairs, counts)
     return pairs, counts
 
 
@@ -207,27 +207,25 @@ def _counts(pairs: Sequence[Pair], num_prompts: int, too_long: int) -> dict[str,
     }
 
 
-def _write(work_dir: Path, pairs: Sequence[Pair], counts: dict[str, Any]) -> None:
+def _write(folder: Path, pairs: Sequence[Pair], counts: dict[str, Any]) -> None:
     """Counts first, then the pairs under their final name: where the pairs are, everything is."""
-    write_json(work_dir / COUNTS, counts)
-    partial = work_dir / f".{PAIRS}.partial"
-    with disk_errors(work_dir):
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / COUNTS, counts)
+    partial = folder / f".{PAIRS}.partial"
+    with disk_errors(folder):
         partial.write_text(
             "".join(json.dumps(asdict(pair), ensure_ascii=False) + "\n" for pair in pairs), encoding="utf-8"
         )
-        os.replace(partial, work_dir / PAIRS)
+        os.replace(partial, folder / PAIRS)
 
 
-def _read(work_dir: Path) -> list[Pair]:
+def _read(folder: Path) -> list[Pair]:
     try:
-        values = [
-            json.loads(line) for line in (work_dir / PAIRS).read_text(encoding="utf-8").split("\n")[:-1]
-        ]
+        values = [json.loads(line) for line in (folder / PAIRS).read_text(encoding="utf-8").split("\n")[:-1]]
         return [
             Pair(v["where"], v["prompt_ids"], Candidate(**v["chosen"]), Candidate(**v["rejected"]))
             for v in values
         ]
     except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(
-            f"{work_dir / PAIRS} is damaged; remove {work_dir} to make the pairs again."
-        ) from None
+        raise UserError(f"{folder / PAIRS} is damaged; remove {folder} to make the pairs again.") from None

@@ -43,6 +43,10 @@ class PostSettings(RunSettings):
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout is {self.dropout}; it must lie between 0 and 1, 1 left out.")
 
+    def identity(self) -> dict[str, Any]:
+        """As `RunSettings.identity`."""
+        return super().identity() | {"targets": list(self.targets)}
+
 
 def require_trl(stage: str) -> None:
     """Raises:
@@ -59,7 +63,7 @@ def require_trl(stage: str) -> None:
 
 
 def trl_arguments(config: Any, settings: PostSettings, work_dir: Path, **own: Any) -> Any:
-    """A TRL config for a run that logs into `work_dir` and saves nothing there.
+    """A TRL config for a run in `work_dir`.
 
     Args:
         config: `trl.SFTConfig` or `trl.DPOConfig`.
@@ -77,7 +81,6 @@ def trl_arguments(config: Any, settings: PostSettings, work_dir: Path, **own: An
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False},
         eval_strategy="no",
-        save_strategy="no",
         bf16=settings.precision == "bf16_mixed",
         max_length=None,
         router_aux_loss_coef=0.0,  # the routers are frozen

@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 
 from regrow.errors import RunError
 from regrow.progress import Progress, say
+from regrow.training.best import BestWeights
 from regrow.training.held_out import HeldOut
 from regrow.training.held_out import figures as held_out_figures
 from regrow.training.post_settings import PostSettings
@@ -41,42 +42,45 @@ class PostData:
 
 
 class PostSteps(TrainerCallback):
-    """Counts steps, records losses, measures held-out KL and keeps the best adapters (in memory).
+    """Counts steps, records losses, measures held-out KL and keeps the best adapters.
 
     Args:
         figures: entry of the loss curve -> the trainer's name of a figure that is recorded beside the loss.
-        module: the model with adapters.
+        student: the model with adapters.
         data: what is trained on.
         held_out: what is measured between steps.
         device: where the model is.
         settings: the run's.
+        record: what has been done so far; changed in place.
+        best: keeps the best adapters.
 
     Attributes:
-        record: what has been done so far.
+        student, data, record, best: as given.
         progress: shows finished steps, or None.
     """
 
     def __init__(
         self,
         figures: dict[str, str],
-        module: torch.nn.Module,
+        student: HiddenStates,
         data: PostData,
         held_out: HeldOut,
         device: torch.device,
         settings: PostSettings,
+        record: RunRecord,
+        best: BestWeights,
     ) -> None:
-        self.record = RunRecord()
+        self.student, self.data, self.record, self.best = student, data, record, best
         self.progress: Progress | None = None
-        self._figures, self._module, self._data, self._settings = figures, module, data, settings
-        self._held_out, self._device = held_out, device
-        self._student = HiddenStates(module, autocast=settings.precision == "bf16_mixed")
-        self._student.keep_head(device)
-        self._best: dict[str, Tensor] = {}
+        self._figures, self._held_out = figures, held_out
+        self._device, self._settings = device, settings
         self._start = 0.0
+        student.keep_head(device)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Measure the model before it is trained."""
-        self._evaluate()
+        if not self.record.held_out:
+            self._evaluate()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the time."""
@@ -84,7 +88,7 @@ class PostSteps(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Count the step; measure where it is due."""
-        record, data, per_step = self.record, self._data, args.gradient_accumulation_steps
+        record, data, per_step = self.record, self.data, args.gradient_accumulation_steps
         for batch in data.plan[record.micro_batches : record.micro_batches + per_step]:
             record.tokens += sum(data.tokens[row] for row in batch)
             record.counted_tokens += sum(data.loss_tokens[row] for row in batch)
@@ -94,9 +98,9 @@ class PostSteps(TrainerCallback):
         record.seconds += time.monotonic() - self._start
         if self.progress is not None:
             self.progress.advance(1)
-        last = record.step >= state.max_steps
-        control.should_log |= last
-        if last or record.step % self._settings.evaluation_interval == 0:
+        # A checkpoint does not hold what the Trainer sums between two entries: one is made before each.
+        control.should_log |= control.should_save
+        if record.step >= state.max_steps or record.step % self._settings.evaluation_interval == 0:
             self._evaluate()
 
     def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,7 +116,7 @@ class PostSteps(TrainerCallback):
         if not torch.isfinite(torch.tensor([loss, float(norm or 0)])).all():
             raise RunError(
                 f"Training stopped at step {state.global_step}: the loss is {loss}, the gradient's norm "
-                f"{norm}; lower learning_rate or raise warmup_fraction."
+                f"{norm}; lower learning_rate or raise warmup_fraction. The last checkpoint is kept."
             )
         entry = {
             "step": state.global_step,
@@ -125,18 +129,17 @@ class PostSteps(TrainerCallback):
         self.record.losses.append(entry | named)
 
     def _evaluate(self) -> None:
-        was_training = self._module.training
-        self._module.eval()
-        found = held_out_figures(self._held_out.sums(self._student, self._student.head, self._device))
-        self._module.train(was_training)
+        was_training = self.student.training
+        self.student.eval()
+        found = held_out_figures(self._held_out.sums(self.student, self.student.head, self._device))
+        self.student.train(was_training)
         step = self.record.step
         if self.record.add_evaluation(step, found) and self._settings.select_by == "held_out_kl" and step:
-            self._best = self._state()
+            self.best.save(step, self._state())
         say(f"step {step}: held-out KL {found['kl']:.4f}, top-1 agreement {found['top1_agreement']:.4f}")
 
     def _state(self) -> dict[str, Tensor]:
-        trained = ((name, p) for name, p in self._module.named_parameters() if p.requires_grad)
-        return {name: parameter.detach().to("cpu", copy=True) for name, parameter in trained}
+        return {name: parameter.detach().cpu() for name, parameter in self.student.trained().items()}
 
     def chosen(self) -> tuple[dict[str, Tensor], int, str]:
         """The adapters to merge, the step they are from, and a sentence that says why."""
@@ -149,7 +152,7 @@ class PostSteps(TrainerCallback):
         if record.best_step == 0:
             return {}, 0, f"No step beat the weights before it ({kl}); they were kept, unchanged."
         return (
-            self._best,
+            self.best.load(record.best_step),
             record.best_step,
             f"The weights are those of step {record.best_step}, the best ({kl}).",
         )

@@ -21,6 +21,7 @@ class RunSettings:
         gradient_checkpointing: recompute activations in the backward pass.
         precision: `"bf16_mixed"` (fp32 trained weights, bf16 products), `"bf16"`, `"fp32"`.
         eval_steps: steps between held-out evaluations; None is a tenth of `max_steps`.
+        save_steps: steps between checkpoints; None is a tenth of `max_steps`.
         logging_steps, report_to: as in `transformers.TrainingArguments`.
         sequence_length: rows are cut off there.
         enable_thinking: passed to the chat template where given.
@@ -43,6 +44,7 @@ class RunSettings:
     gradient_checkpointing: bool = False
     precision: Literal["bf16_mixed", "bf16", "fp32"] = "bf16_mixed"
     eval_steps: int | None = None
+    save_steps: int | None = None
     logging_steps: int = 10
     report_to: tuple[str, ...] = ("tensorboard",)
     sequence_length: int = 1_024
@@ -63,8 +65,19 @@ class RunSettings:
         "max_grad_norm",
         "gradient_accumulation_steps",
         "eval_steps",
+        "save_steps",
         "logging_steps",
         "sequence_length",
+    )
+    # What a run may change when it continues: where it runs, what it keeps and logs, how its result is cut.
+    not_identity: ClassVar[tuple[str, ...]] = (
+        "save_steps",
+        "logging_steps",
+        "report_to",
+        "device",
+        "trust_remote_code",
+        "shards",
+        "max_shard_size",
     )
 
     def __post_init__(self) -> None:
@@ -86,6 +99,10 @@ class RunSettings:
         """Steps between held-out evaluations."""
         return self.eval_steps or self.interval
 
+    def identity(self) -> dict[str, Any]:
+        """The settings that decide the trained weights, as JSON: a resumed run must agree on them."""
+        return {name: value for name, value in asdict(self).items() if name not in self.not_identity}
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingSettings(RunSettings):
@@ -101,7 +118,6 @@ class TrainingSettings(RunSettings):
             tokens; `"sampled"`, draws from it.
         teacher_entries: tokens or draws that `top_k` and `sampled` keep per predicted token.
         loss_chunk_tokens: tokens per chunk of the loss; None chooses.
-        save_steps: steps between checkpoints; None is a tenth of `max_steps`.
         select_by: whose weights are given back, the untrained ones included: those with the lowest
             `"held_out_kl"`, those that follow most instructions of the `"development"` set, or the `"last"`.
         patience: evaluations without a better one after which the run stops early; None trains to the end.
@@ -127,7 +143,6 @@ class TrainingSettings(RunSettings):
     teacher_mode: Literal["live", "cached", "top_k", "sampled"] = "live"
     teacher_entries: int = 64
     loss_chunk_tokens: int | None = None
-    save_steps: int | None = None
     select_by: Literal["held_out_kl", "development", "last"] = "held_out_kl"
     patience: int | None = None
     development_prompts: str = "builtin:dev"
@@ -155,7 +170,6 @@ class TrainingSettings(RunSettings):
         "batch_tokens",
         "teacher_entries",
         "loss_chunk_tokens",
-        "save_steps",
         "patience",
         "development_limit",
         "development_tokens",
@@ -164,6 +178,13 @@ class TrainingSettings(RunSettings):
         "rollout_tokens",
         "rollout_temperature",
         "rollout_batch_size",
+    )
+    not_identity = (
+        *RunSettings.not_identity,
+        "loss_chunk_tokens",
+        "gradient_accumulation_steps",
+        "rollout_batch_size",
+        "on_spike",
     )
 
     def __post_init__(self) -> None:
@@ -176,26 +197,8 @@ class TrainingSettings(RunSettings):
             raise UserError(f"on_policy_fraction is {self.on_policy_fraction}; it must lie between 0 and 1.")
 
     def identity(self) -> dict[str, Any]:
-        """The settings that decide the trained weights, as JSON: a resumed run must agree on them."""
-        values = asdict(self)
-        for name in _NOT_IDENTITY:
-            del values[name]
+        """As `RunSettings.identity`; `teacher_entries` only where the teacher's mode uses them."""
+        values = super().identity()
         if self.teacher_mode not in ("top_k", "sampled"):
             del values["teacher_entries"]
         return values
-
-
-# What a run may change when it continues: where it runs, what it logs, how its result is cut into files.
-_NOT_IDENTITY = (
-    "save_steps",
-    "logging_steps",
-    "report_to",
-    "device",
-    "trust_remote_code",
-    "shards",
-    "max_shard_size",
-    "loss_chunk_tokens",
-    "gradient_accumulation_steps",
-    "rollout_batch_size",
-    "on_spike",
-)

@@ -42,7 +42,7 @@ def sft(
         corpora: (source, split, weight, limit) each.
         held_out: likewise; measured between steps.
         out: the new model folder: `student` with the adapted matrices replaced, all else bit for bit.
-        work_dir: the trainer's logs.
+        work_dir: checkpoints and the trainer's logs; a killed run that is called again goes on from there.
         batch_tokens: the most tokens of a micro-batch, padding counted; rows are padded on the right, never
             packed.
         learning_rate: peak.
@@ -52,7 +52,8 @@ def sft(
         as `distill`, where it applies.
 
     Raises:
-        UserError: TRL is not installed; arguments, models or corpora do not fit.
+        UserError: TRL is not installed; arguments, models or corpora do not fit, or `work_dir` belongs to
+            another run.
         RunError: loss not finite, out of memory, disk full.
     """
     settings = PostSettings(learning_rate=learning_rate, **options)
@@ -81,15 +82,15 @@ def sft(
         PostMethod(
             name="sft",
             options={"batch_tokens": batch_tokens, "loss": "cross_entropy", "tokens": "response"},
+            identity={"batch_tokens": batch_tokens, "corpus": corpus.hash},
             data=data,
-            trainer=lambda model, tokenizer, columns, steps: sft_trainer(
-                model, tokenizer, args, columns, steps
-            ),
+            trainer=lambda model, tokenizer, steps: sft_trainer(model, tokenizer, args, steps),
         ),
         student=Path(student),
         teacher=Path(teacher),
         held_out=held_out,
         out=Path(out),
+        work_dir=Path(work_dir),
         settings=settings,
     )
 

@@ -1,39 +1,34 @@
 """The ecosystem's trainer, taught to distil from hidden states."""
 
-import contextlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, TrainerCallback, TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from regrow.errors import RunError
-from regrow.files import disk_errors
 from regrow.losses import LOSSES, SparseTargets, sparse_linear_kl
 from regrow.progress import Progress, say
 from regrow.training.best import BestWeights
-from regrow.training.checkpoints import publish_checkpoint, staging_folder
 from regrow.training.development import DevelopmentSet
 from regrow.training.held_out import HeldOut, figures
 from regrow.training.record import RunRecord, what_is_wrong
+from regrow.training.resumable import ResumableTrainer
 from regrow.training.rollouts import Rollouts
 from regrow.training.rows import RunBatches, only_item
 from regrow.training.settings import TrainingSettings
 from regrow.training.student import HiddenStates, head_arguments
 from regrow.training.teacher import Teacher
 
-_WEIGHTS = "model.safetensors"
 _SKIPS_IN_A_ROW = 5
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(ResumableTrainer):
     """`transformers.Trainer` whose loss comes from final hidden states and what is known of the teacher.
 
     Hooks that differ from the Trainer's own:
@@ -45,7 +40,6 @@ class DistillTrainer(Trainer):
     - `evaluate`: held-out KL and agreement, the development set; keeps the best weights, ends the wait.
     - `log`: the loss averaged over steps, across resumes.
     - `_clip_grad_norm`: remembers the norm, so that a step with a broken gradient is not taken.
-    - `_save_checkpoint`, `_save`, `_load_from_checkpoint`: trained weights only; whole or absent.
 
     A callback of its own counts steps, refuses broken ones and shows progress.
 
@@ -92,10 +86,10 @@ class DistillTrainer(Trainer):
         student.keep_head(self.args.device)
         self.loss_is_scaled_for_ga = True
         self.model_accepts_loss_kwargs = True
-        self.record = record
+        self.record, self.best = record, best
         self.progress = progress
         self._teacher, self._batches, self._held_out = teacher, batches, held_out
-        self._settings, self._best, self._rollouts = settings, best, rollouts
+        self._settings, self._rollouts = settings, rollouts
         self._development = development
         self._divergence = LOSSES[settings.loss]
         self._grad_norm: float | None = None
@@ -200,7 +194,7 @@ class DistillTrainer(Trainer):
             found |= {"development": followed / total, "development_finished": finished / answers}
         step = self.state.global_step
         if self.record.add_evaluation(step, found) and self._settings.select_by != "last" and step:
-            self._best.save(step, self.trained_state())
+            self.best.save(step, self.trained_state())
         if self.has_waited_enough:
             self.record.close_interval(self._get_learning_rate(), self._grad_norm)
             self.control.should_training_stop = True
@@ -276,43 +270,6 @@ class DistillTrainer(Trainer):
             loss = record.recent[-1] if record.recent else float("nan")
             self.progress.advance(self._step_counts[1], f"step {record.step}, loss {loss:.4f}")
 
-    def trained_state(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """Trained parameters by their name in the causal language model, whole and on the CPU."""
-        trained: dict[str, Tensor] = dict(self.student_model().trained())
-        if state_dict is None and self.is_fsdp_enabled:
-            state_dict = self.accelerator.get_state_dict(self.model)
-        if state_dict is not None:
-            whole = {name.removeprefix("model."): value for name, value in state_dict.items()}
-            trained = {name: whole[name] for name in trained if name in whole}
-        return {name: trained[name].detach().cpu().contiguous() for name in sorted(trained)}
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        folder = Path(output_dir or str(self.args.output_dir))
-        state = self.trained_state(state_dict)
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_file(state, folder / _WEIGHTS)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if self.is_fsdp_enabled:
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-            return
-        load_trained(self.student_model(), Path(resume_from_checkpoint) / _WEIGHTS)
-
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        target = Path(str(self.args.output_dir))
-        self.args.output_dir = str(staging_folder(target))
-        try:
-            with _save_errors(target):
-                super()._save_checkpoint(model, trial)
-        finally:
-            self.args.output_dir = str(target)
-        self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            publish_checkpoint(target, self.state.global_step, self.record.as_json())
-            self._best.forget_unused()
-        self.accelerator.wait_for_everyone()
-
 
 class _StepCallback(TrainerCallback):
     """Calls the trainer back where the Trainer has no hook of its own."""
@@ -330,34 +287,3 @@ class _StepCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._trainer.finish_step()
         control.should_log |= state.global_step >= state.max_steps
-
-
-def load_trained(student: HiddenStates, file: Path) -> None:
-    """Put saved trained parameters back.
-
-    Raises:
-        RunError: the file and the model disagree about what is trained.
-    """
-    state = load_file(file)
-    parameters = student.trained()
-    if differing := sorted(set(state) ^ set(parameters)):
-        raise RunError(
-            f"{file} does not fit what is trained ({differing[0]}); remove its folder to start again."
-        )
-    with torch.no_grad():
-        for name, value in state.items():
-            parameters[name].copy_(value)
-
-
-@contextlib.contextmanager
-def _save_errors(folder: Path) -> Iterator[None]:
-    """A full disk as one sentence, whichever library meets it."""
-    with disk_errors(folder):
-        try:
-            yield
-        except (RuntimeError, SafetensorError) as error:
-            if "No space left" in str(error) or "failed writing" in str(error) or "os error 28" in str(error):
-                raise RunError(
-                    f"The disk is full while writing {folder}; free some space and run again."
-                ) from None
-            raise

@@ -1,6 +1,5 @@
 """TRL's trainers, fed with rows that are encoded already and batches that are planned. Imports TRL."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,35 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from trl.trainer.dpo_trainer import DataCollatorForPreference, DPOTrainer
 from trl.trainer.sft_trainer import DataCollatorForLanguageModeling, SFTTrainer
 
+from regrow.training.post_steps import PostSteps
+from regrow.training.resumable import ResumableTrainer
+from regrow.training.student import HiddenStates
+
 _PAD = 0  # whatever the tokenizer says: the masks keep it out of everything
 REFERENCE = "ref"
 
 
-class _Planned:
-    """What both trainers do differently from TRL's: planned batches, and nothing is sent anywhere."""
+class _Planned(ResumableTrainer):
+    """What both trainers do differently from TRL's: planned batches, whole checkpoints, nothing is sent."""
 
-    plan: Sequence[tuple[int, ...]] = ()
+    steps: PostSteps
     train_dataset: Any
     data_collator: Any
 
+    def student_model(self) -> HiddenStates:
+        """The model with adapters; a checkpoint holds these only."""
+        return self.steps.student
+
     def get_train_dataloader(self) -> DataLoader[Any]:
         """The planned micro-batches in their order."""
-        return DataLoader(self.train_dataset, batch_sampler=self.plan, collate_fn=self.data_collator)  # type: ignore[arg-type]
+        plan: Any = self.steps.data.plan
+        return DataLoader(self.train_dataset, batch_sampler=plan, collate_fn=self.data_collator)
 
     def _send_telemetry(self) -> None:
         """TRL would report the run to the Hub."""
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """TRL would write one with every checkpoint."""
 
 
 class PlannedSft(_Planned, SFTTrainer):
@@ -42,16 +53,16 @@ class PlannedDpo(_Planned, DPOTrainer):
         return dataset
 
 
-def sft_trainer(model: Any, tokenizer: Any, args: Any, columns: dict[str, Any], callback: Any) -> Any:
+def sft_trainer(model: Any, tokenizer: Any, args: Any, steps: PostSteps) -> Any:
     """An SFTTrainer for a PEFT model; the loss is the mean over the labelled tokens of a whole step."""
     collate = DataCollatorForLanguageModeling(pad_token_id=_PAD)
-    return _trainer(PlannedSft, collate, model, tokenizer, args, columns, callback)
+    return _trainer(PlannedSft, collate, model, tokenizer, args, steps)
 
 
-def dpo_trainer(model: Any, tokenizer: Any, args: Any, columns: dict[str, Any], callback: Any) -> Any:
+def dpo_trainer(model: Any, tokenizer: Any, args: Any, steps: PostSteps) -> Any:
     """A DPOTrainer for a PEFT model whose reference is the same model with its adapters off."""
     collate = DataCollatorForPreference(pad_token_id=_PAD)
-    trainer = _trainer(PlannedDpo, collate, model, tokenizer, args, columns, callback)
+    trainer = _trainer(PlannedDpo, collate, model, tokenizer, args, steps)
     # TRL keeps a copy of a PEFT model's adapters as the reference. Fresh adapters add nothing, so the model
     # without any is the same reference; TRL takes it where there is no such copy.
     if REFERENCE in model.peft_config:
@@ -59,18 +70,17 @@ def dpo_trainer(model: Any, tokenizer: Any, args: Any, columns: dict[str, Any], 
     return trainer
 
 
-def _trainer(
-    kind: Any, collate: Any, model: Any, tokenizer: Any, args: Any, columns: dict[str, Any], callback: Any
-) -> Any:
+def _trainer(kind: Any, collate: Any, model: Any, tokenizer: Any, args: Any, steps: PostSteps) -> Any:
     """A trainer that prints nothing and keeps TensorBoard's files in the run's work folder."""
     trainer = kind(
         model=model,
         args=args,
         data_collator=collate,
-        train_dataset=Dataset.from_dict(columns),
+        train_dataset=Dataset.from_dict(steps.data.columns),
         processing_class=tokenizer,
-        callbacks=[callback],
+        callbacks=[steps],
     )
+    trainer.steps, trainer.record, trainer.best = steps, steps.record, steps.best
     trainer.remove_callback(PrinterCallback)
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

@@ -14,7 +14,7 @@ from regrow.training import held_out, post_steps
 from regrow.training.dpo import dpo, plan_pairs
 from regrow.training.rows import plan_run
 from regrow.training.sft import labels_of, sft
-from training_case import make_case, same_bytes, tensors_of
+from training_case import make_case, preference_case, same_bytes, tensors_of
 from vllm_stand_in import install_vllm
 
 QUICK = {
@@ -110,27 +110,9 @@ def test_best_adapters_are_those_that_are_merged(tmp_path, monkeypatch):
     assert (report["chosen_step"], report["best_step"], report["steps"]) == (2, 2, 3)
     monkeypatch.undo()
     merged = case | {"student": tmp_path / "a"}
-    again = sft(**merged, out=tmp_path / "b", work_dir=tmp_path / "w", **QUICK)
+    again = sft(**merged, out=tmp_path / "b", work_dir=tmp_path / "v", **QUICK)
     assert again["held_out"][0]["kl"] == pytest.approx(real[2]["kl"], rel=1e-3)
     assert real[2]["kl"] != pytest.approx(real[3]["kl"], rel=2e-3)
-
-
-def preference_case(folder, num_rows=12):
-    """Prompts with a constraint; the teacher's answers follow it, a random student's rarely do."""
-    case = make_case(folder)
-    meta = {"instruction_id_list": ["detectable_format:title"], "kwargs": [{}], "finished": True}
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"q{i}"},
-                {"role": "assistant", "content": f"<<t{i % 3}>>"},
-            ],
-            "meta": meta,
-        }
-        for i in range(num_rows)
-    ]
-    (folder / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    return case
 
 
 DPO = QUICK | {
@@ -189,21 +171,32 @@ def test_dpo_in_bf16_with_checkpointed_gradients_starts_at_ln_2_too(tmp_path, pr
     assert list((tmp_path / "work" / "logs").iterdir())
 
 
-def test_dpo_goes_on_from_its_pairs_and_refuses_those_of_another_run(tmp_path, monkeypatch):
+def test_pairs_are_made_again_only_for_what_they_depend_on(tmp_path, monkeypatch):
     case = preference_case(tmp_path)
-    work = tmp_path / "work"
-    first = dpo(**case, out=tmp_path / "a", work_dir=work, **DPO)
+
+    def run(name, **options):
+        dpo(**case, out=tmp_path / name, work_dir=tmp_path / f"w{name}", pairs_dir=kept, **DPO | options)
+        return (tmp_path / f"w{name}" / "pairs.jsonl").read_text()
+
+    kept = tmp_path / "kept"
+    first = run("a")
 
     def never(*args, **kwargs):
         raise AssertionError("the student writes again")
 
-    monkeypatch.setattr("regrow.training.writing.generate_responses", never)
-    second = dpo(**case, out=tmp_path / "b", work_dir=work, **DPO)
-    assert second["losses"] == first["losses"]
-    a, b = tensors_of(tmp_path / "a"), tensors_of(tmp_path / "b")
-    assert all(same_bytes(a[name], b[name]) for name in a)
-    with pytest.raises(UserError, match="num_samples 2, not 3"):
-        dpo(**case, out=tmp_path / "c", work_dir=work, **DPO | {"num_samples": 3})
+    with monkeypatch.context() as patch:
+        patch.setattr("regrow.training.writing.generate_responses", never)
+        others = {"learning_rate": 1e-3, "beta": 0.2, "batch_size": 2, "max_steps": 2, "rank": 2}
+        assert run("b", **others, rollout_batch_size=2, select_by="held_out_kl") == first
+        assert len(list(kept.iterdir())) == 1
+        changes = {"num_samples": 3, "rollout_temperature": 0.5, "seed": 1, "sequence_length": 40}
+        for name, value in changes.items():
+            with pytest.raises(AssertionError, match="writes again"):
+                run(name, **{name: value})
+    run("d", seed=1)
+    assert len(list(kept.iterdir())) == 2
+    run("e")  # the first ones are still there
+    assert len(list(kept.iterdir())) == 2
 
 
 def test_dpo_through_vllm_makes_the_same_pairs_and_ends_the_engine(tmp_path, monkeypatch):
