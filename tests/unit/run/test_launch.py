@@ -36,7 +36,7 @@ def fail(how):
         if how == "bug":
             return {}["key"]
         os.kill(os.getpid(), signal.SIGKILL)
-    time.sleep(600)
+    time.sleep(120)
 
 
 def all_fail():
@@ -45,7 +45,7 @@ def all_fail():
 
 def linger(folder):
     Path(folder, f"pid-{os.getpid()}").touch()
-    time.sleep(600)
+    time.sleep(120)
 '''
 CALLER = """
 import json, sys
