@@ -69,6 +69,9 @@ def run(
     settings: Set = None,
     start: Annotated[str | None, typer.Option("--from", help="Redo from this stage on.")] = None,
     until: Annotated[str | None, typer.Option("--until", help="Stop after this stage.")] = None,
+    processes: Annotated[
+        int, typer.Option(help="Processes, one per GPU, that share the stages that can be shared.")
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, run nothing.")] = False,
 ) -> None:
     """Run a recipe from parent checkpoint to model card; a killed run goes on where it was."""
@@ -79,12 +82,12 @@ def run(
     if dry_run:
         from regrow.dry_run import describe_run
 
-        for line in describe_run(loaded, run_dir, start=start, until=until):
+        for line in describe_run(loaded, run_dir, start=start, until=until, processes=processes):
             print(line)
         return
     from regrow.runner import run_recipe
 
-    reports = run_recipe(loaded, run_dir, start=start, until=until)
+    reports = run_recipe(loaded, run_dir, start=start, until=until, processes=processes)
     if "report" in reports:
         from regrow.reporting.table import print_summary
 

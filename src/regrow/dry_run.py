@@ -6,12 +6,24 @@ from pathlib import Path
 from regrow.data.corpora import is_local, read_corpus
 from regrow.modeling.sources import resolve_headers
 from regrow.recipe import Corpus, Recipe
-from regrow.runner import check_names, check_stages, check_width, enabled_stages, plan_run
+from regrow.runner import (
+    check_names,
+    check_processes,
+    check_stages,
+    check_width,
+    enabled_stages,
+    plan_run,
+)
 from regrow.stages import MODEL_STAGES
 
 
 def describe_run(
-    recipe: Recipe, run_dir: Path, *, start: str | None = None, until: str | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    start: str | None = None,
+    until: str | None = None,
+    processes: int = 1,
 ) -> Iterator[str]:
     """Lines that say what a run would do.
 
@@ -34,10 +46,12 @@ def describe_run(
     yield from (f"note: {note}" for note in pruned.get("notes", []))
     for label, corpus in [*(("corpus", corpus) for corpus in recipe.corpora), ("held-out", recipe.held_out)]:
         yield f"{label}: {_describe_corpus(corpus)}"
-    steps = plan_run(recipe, run_dir, start=start, until=until)
+    steps = plan_run(recipe, run_dir, start=start, until=until, processes=processes)
+    check_processes(steps, recipe, processes)
     check_stages(steps, recipe)
     for step in steps:
-        yield f"{step.stage.name}: {step.action}"
+        shared = f" in {step.processes} processes" if step.processes > 1 else ""
+        yield f"{step.stage.name}: {step.action}{shared}"
     models = sum(stage.name in MODEL_STAGES for stage in enabled_stages(recipe))
     gigabytes = models * pruned["weight_bytes"] / 1e9
     yield f"disk: about {gigabytes:.1f} GB for {models} model(s) under {run_dir}, and training checkpoints"

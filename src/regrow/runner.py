@@ -21,10 +21,12 @@ from regrow import __version__
 from regrow.energy import measured_energy
 from regrow.errors import UserError
 from regrow.files import disk_errors, publish_folder, read_json, sha256_json, write_json
+from regrow.launch import run_in_processes
 from regrow.progress import say
-from regrow.recipe import Recipe
-from regrow.stages import STAGES, Context, Stage, corpus_specs
+from regrow.recipe import Recipe, parse_recipe
+from regrow.stages import STAGES, Context, Stage, check_share, corpus_specs
 
+_PLACES = ("parent", "out", "work", "run_dir")
 # Fields of a manifest that its hash covers; the rest (seconds) may differ between equal runs.
 _HASHED = ("stage", "version", "parent", "recipe", "corpora", "inputs")
 
@@ -36,10 +38,16 @@ class Step:
     stage: Stage
     folder: Path
     action: str  # "run", "skip" or "redo"
+    processes: int = 1
 
 
 def run_recipe(
-    recipe: Recipe, run_dir: Path, *, start: str | None = None, until: str | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    start: str | None = None,
+    until: str | None = None,
+    processes: int = 1,
 ) -> dict[str, Any]:
     """Run a recipe's stages into a folder.
 
@@ -48,6 +56,7 @@ def run_recipe(
         run_dir: the run's folder; may hold an unfinished or finished run of the same recipe.
         start: redo this stage and all after it, even where a finished result lies there.
         until: stop after this stage.
+        processes: how many share the stages that can be shared; the result does not depend on it.
 
     Returns:
         Stage name -> its report, for the stages that this call ran or skipped.
@@ -62,7 +71,8 @@ def run_recipe(
     _check_folder(run_dir, recipe)
     parent = resolve_model(recipe.model, recipe.revision)
     check_width(recipe, parent)
-    steps = plan_run(recipe, run_dir, start=start, until=until)
+    steps = plan_run(recipe, run_dir, start=start, until=until, processes=processes)
+    check_processes(steps, recipe, processes)
     # All manifests before any work or file: a bad corpus or a mismatch is said now, not after hours.
     also = check_stages(steps, recipe)
     manifests = _manifests(recipe, parent, [step.stage for step in steps], also)
@@ -80,6 +90,8 @@ def run_recipe(
             else:
                 if step.action == "redo":
                     shutil.rmtree(step.folder)
+                shared = f" in {step.processes} processes" if step.processes > 1 else " in one process"
+                say(f"== {name}{shared if processes > 1 else ''}")
                 _run_stage(step, recipe, parent, run_dir, finished, manifests[name])
             finished[name] = step.folder
         _write_recipe(run_dir, recipe)
@@ -109,8 +121,40 @@ def check_stages(steps: list[Step], recipe: Recipe) -> dict[str, dict[str, Any]]
     return {step.stage.name: step.stage.also(recipe) for step in steps}
 
 
+def check_processes(steps: list[Step], recipe: Recipe, processes: int) -> None:
+    """Refuse a number of processes that this run or this machine cannot use.
+
+    Raises:
+        UserError: it is below 1, above the GPUs, of no use, or a step does not divide among them.
+    """
+    if processes < 1:
+        raise UserError(f"--processes {processes}: there is nobody to do the work; use 1 or more.")
+    if processes == 1:
+        return
+    if not any(step.processes > 1 for step in steps):
+        raise UserError(
+            f"--processes {processes}: this run has no stage that processes can share (calibrate, unless "
+            "sequential, and distill, recover and finish, unless vllm writes); leave it out."
+        )
+    shared = [step.stage for step in steps if step.processes > 1 and step.action != "skip"]
+    for stage in shared:
+        check_share(stage, recipe, processes)
+    if shared and recipe.device != "cpu":
+        import torch
+
+        if 0 < (gpus := torch.cuda.device_count()) < processes:
+            raise UserError(
+                f"--processes {processes}: each needs a GPU of its own, and PyTorch sees {gpus}; use {gpus}."
+            )
+
+
 def plan_run(
-    recipe: Recipe, run_dir: Path, *, start: str | None = None, until: str | None = None
+    recipe: Recipe,
+    run_dir: Path,
+    *,
+    start: str | None = None,
+    until: str | None = None,
+    processes: int = 1,
 ) -> list[Step]:
     """What `run_recipe` would do, stage by stage; changes nothing."""
     steps = []
@@ -119,7 +163,8 @@ def plan_run(
         folder = run_dir / "stages" / stage.name
         redo = redo or stage.name == start
         done = (folder / "manifest.json").exists()
-        steps.append(Step(stage, folder, ("redo" if redo else "skip") if done else "run"))
+        action = ("redo" if redo else "skip") if done else "run"
+        steps.append(Step(stage, folder, action, processes if stage.parallel(recipe) else 1))
         if stage.name == until:
             break
     return steps
@@ -168,7 +213,6 @@ def _run_stage(
     manifest: dict[str, Any],
 ) -> None:
     name = step.stage.name
-    say(f"== {name}")
     start = time.monotonic()
     # Named by the manifest, so that changed settings never resume from another run's checkpoints.
     work = run_dir / "work" / f"{name}-{manifest['hash'][:12]}"
@@ -176,12 +220,45 @@ def _run_stage(
         work.mkdir(parents=True, exist_ok=True)
     with publish_folder(step.folder) as out:
         with measured_energy(recipe.report.country) as energy:
-            report = step.stage.run(Context(recipe, parent, out, work, run_dir, dict(finished)))
+            context = Context(recipe, parent, out, work, run_dir, dict(finished), step.processes)
+            report = step.stage.run(context) if step.processes == 1 else _share(step.stage, context)
         if energy:
             report["emissions"] = energy
         write_json(out / "report.json", report)
         write_json(out / "manifest.json", manifest | {"seconds": round(time.monotonic() - start, 2)})
     shutil.rmtree(work, ignore_errors=True)
+
+
+def _share(stage: Stage, context: Context) -> dict[str, Any]:
+    """Run a stage in several processes; its report is the first one's."""
+    places = {name: str(getattr(context, name)) for name in _PLACES}
+    arguments = {
+        "stage": stage.name,
+        "recipe": context.recipe.model_dump(mode="json"),
+        "places": places,
+        "finished": {name: str(folder) for name, folder in context.finished.items()},
+        "processes": context.processes,
+    }
+    return run_in_processes(
+        f"{__name__}:run_share",
+        arguments,
+        processes=context.processes,
+        folder=context.work / "processes",
+        what=stage.name,
+    )
+
+
+def run_share(
+    *, stage: str, recipe: dict[str, Any], places: dict[str, str], finished: dict[str, str], processes: int
+) -> dict[str, Any]:
+    """What each of several processes does of a stage: all that is in its `Context`, as JSON."""
+    context = Context(
+        recipe=parse_recipe(recipe, stage),
+        finished={name: Path(folder) for name, folder in finished.items()},
+        processes=processes,
+        **{name: Path(folder) for name, folder in places.items()},
+    )
+    return next(row for row in STAGES if row.name == stage).run(context)
 
 
 def _require_match(step: Step, wanted: dict[str, Any], run_dir: Path) -> None:

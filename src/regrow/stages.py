@@ -33,6 +33,7 @@ class Context:
             folder that it lies in outlives changed settings too (preference pairs).
         run_dir: the run's folder.
         finished: folders of the finished upstream stages, by name.
+        processes: how many share the stage; each of them sees the same context.
     """
 
     recipe: Recipe
@@ -41,6 +42,7 @@ class Context:
     work: Path
     run_dir: Path
     finished: dict[str, Path]
+    processes: int = 1
 
     def student(self, before: str | None = None) -> Path:
         """The newest model made so far (before the stage named `before`)."""
@@ -62,6 +64,7 @@ class Stage:
         enabled: whether a recipe asks for it.
         also: what else of the recipe its result depends on, hashed as well.
         check: refuses now what would fail when the stage is reached (raises `UserError`).
+        parallel: whether several processes can share it under a recipe.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Stage:
     enabled: Callable[[Recipe], bool] = lambda recipe: True
     also: Callable[[Recipe], dict[str, Any]] = lambda recipe: {}
     check: Callable[[Recipe], None] = lambda recipe: None
+    parallel: Callable[[Recipe], bool] = lambda recipe: False
 
 
 def needs_statistics(criterion: str, refit: bool) -> bool:
@@ -130,8 +134,11 @@ def _train(context: Context, stage: str, student: Path, out: Path) -> dict[str, 
     module, name = _TRAINING[stage]
     function = getattr(importlib.import_module(f"regrow.training.{module}"), name)
     recipe = context.recipe
-    # Beside the work folder, whose name changes with every key of the section.
-    own = {"pairs_dir": context.work.parent} if stage == "dpo" else {}
+    section = getattr(recipe, stage).model_dump()
+    if context.processes > 1:  # a step stays what the recipe says; `check_share` has seen that it divides
+        section["gradient_accumulation_steps"] //= context.processes
+    if stage == "dpo":  # beside the work folder, whose name changes with every key of the section
+        section["pairs_dir"] = context.work.parent
     return function(
         student=student,
         teacher=context.parent,
@@ -146,8 +153,7 @@ def _train(context: Context, stage: str, student: Path, out: Path) -> dict[str, 
         trust_remote_code=recipe.trust_remote_code,
         shards=recipe.prune.shards,
         max_shard_size=recipe.prune.max_shard_size,
-        **getattr(recipe, stage).model_dump(),
-        **own,
+        **section,
     )
 
 
@@ -177,6 +183,20 @@ def _development(stage: str) -> Callable[[Recipe], dict[str, Any]]:
     return prompts
 
 
+def check_share(stage: Stage, recipe: Recipe, processes: int) -> None:
+    """Refuse a number of processes among which a stage's steps do not divide.
+
+    Raises:
+        UserError: the micro-batches of a step are no multiple of it.
+    """
+    count = getattr(getattr(recipe, stage.name, None), "gradient_accumulation_steps", processes)
+    if count % processes:
+        raise UserError(
+            f"{stage.name}.gradient_accumulation_steps is {count}, which {processes} processes cannot share; "
+            f"make it a multiple of {processes} (with a smaller batch_tokens a step stays as large)."
+        )
+
+
 def _require_engine(name: str) -> None:
     from regrow.modeling.writers import require_engine
 
@@ -185,6 +205,11 @@ def _require_engine(name: str) -> None:
 
 def _check_rollouts(stage: str) -> Callable[[Recipe], None]:
     return lambda recipe: _require_engine(getattr(recipe, stage).rollout_engine)
+
+
+def _writes_itself(stage: str) -> Callable[[Recipe], bool]:
+    """Each process would start its own vLLM, on the same GPU."""
+    return lambda recipe: getattr(recipe, stage).rollout_engine != "vllm"
 
 
 def _check_post(stage: str) -> Callable[[Recipe], None]:
@@ -378,6 +403,12 @@ def _training_stage(
     )
 
 
+def _distilling_stage(name: str) -> Stage:
+    return _training_stage(
+        name, also=_development(name), check=_check_rollouts(name), parallel=_writes_itself(name)
+    )
+
+
 STAGES: tuple[Stage, ...] = (
     Stage(
         "calibrate",
@@ -386,11 +417,12 @@ STAGES: tuple[Stage, ...] = (
         _calibrate,
         lambda recipe: needs_statistics(recipe.prune.criterion, recipe.prune.refit),
         _calibrate_for,
+        parallel=lambda recipe: recipe.calibrate.method != "sequential",
     ),
     Stage("prune", ("calibrate",), ("prune", "seed"), _prune),
-    _training_stage("distill", also=_development("distill"), check=_check_rollouts("distill")),
-    _training_stage("recover", also=_development("recover"), check=_check_rollouts("recover")),
-    _training_stage("finish", also=_development("finish"), check=_check_rollouts("finish")),
+    _distilling_stage("distill"),
+    _distilling_stage("recover"),
+    _distilling_stage("finish"),
     _training_stage("sft", check=_check_post("sft")),
     _training_stage("dpo", _dpo, also=_constraints, check=_check_dpo),
     Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate, check=_check_evaluate),

@@ -97,7 +97,7 @@ def calibrate(
         spill_bytes: layerwise only: activations beyond this size go to disk beside `out`.
 
     Returns:
-        The header of the file and `seconds, seconds_by_part, padding_efficiency, notes`.
+        The header of the file and `seconds, seconds_by_part, padding_efficiency, world_size, notes`.
 
     Raises:
         UserError: unusable corpus or model, a combination that does not exist.
@@ -181,6 +181,7 @@ def calibrate(
         "padding_efficiency": padding_efficiency(lengths, batches),
         "seconds": round(time.monotonic() - start, 3),
         "seconds_by_part": timings,
+        "world_size": world,
     }
 
 

@@ -122,7 +122,7 @@ def test_a_training_verb_sets_keys_of_its_section_and_of_the_recipe():
     [
         ({"evaluate": {"ifeval": {"engine": "vllm"}}}, "engine vllm .* pip install vllm"),
         ({"evaluate": {"ifeval": {"prompts": "./nope.jsonl"}}}, "nope.jsonl do not exist"),
-        ({"finish": {"max_steps": 1, "rollout_engine": "vllm"}}, "engine vllm .* use the engine transformers"),
+        ({"finish": {"max_steps": 1, "rollout_engine": "vllm"}}, "engine vllm .* the engine transformers"),
         ({"sft": {"max_steps": 1}}, "sft trains with TRL, .* pip install"),
         (
             {"distill": {"max_steps": 1, "select_by": "development", "development_prompts": "no.jsonl"}},

@@ -9,7 +9,7 @@ import pytest
 from regrow import runner
 from regrow.errors import RunError, UserError
 from regrow.recipe import Recipe, parse_recipe
-from regrow.stages import Context, Stage
+from regrow.stages import STAGES, Context, Stage, check_share
 
 
 def make_recipe(**changes) -> Recipe:
@@ -156,3 +156,85 @@ def test_unknown_stage_names(calls, tmp_path, start, until):
     with pytest.raises(UserError, match=r"--from|--until"):
         runner.run_recipe(make_recipe(), tmp_path / "run", start=start, until=until)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def shares(calls, monkeypatch) -> list[int]:
+    """The stub `second` can be shared; "processes" of it are calls in this one."""
+    shares: list[int] = []
+
+    def run_in_processes(function: str, arguments: dict, *, processes: int, folder: Path, what: str) -> dict:
+        assert (function, what) == ("regrow.runner:run_share", "second")
+        shares.append(processes)
+        return runner.run_share(**json.loads(json.dumps(arguments)))
+
+    first, second, third = runner.STAGES
+    monkeypatch.setattr(runner, "STAGES", (first, replace(second, parallel=lambda recipe: True), third))
+    monkeypatch.setattr(runner, "run_in_processes", run_in_processes)
+    return shares
+
+
+def test_processes_share_the_stages_that_can_be_shared(calls, shares, tmp_path, capsys):
+    one = runner.run_recipe(make_recipe(device="cpu"), tmp_path / "one")
+    assert shares == []
+    assert "process" not in capsys.readouterr().err
+    two = runner.run_recipe(make_recipe(device="cpu"), tmp_path / "two", processes=2)
+    assert shares == [2]
+    assert one == two
+    said = capsys.readouterr().err.splitlines()
+    assert said == ["== first in one process", "== second in 2 processes", "== third in one process"]
+    assert (tmp_path / "two/stages/second/result.txt").read_text() == "second"
+    # The result does not depend on it, so a finished run is one with any number.
+    runner.run_recipe(make_recipe(device="cpu"), tmp_path / "two", processes=3)
+    assert shares == [2]
+
+
+@pytest.mark.parametrize(
+    ("processes", "until", "device", "sentence"),
+    [
+        (0, None, "cpu", r"--processes 0: .* use 1 or more\.$"),
+        (-2, None, "cpu", r"--processes -2: .* use 1 or more\.$"),
+        (2, "first", "cpu", "--processes 2: this run has no stage that processes can share"),
+        (5, None, "auto", r"--processes 5: .* PyTorch sees 4; use 4\.$"),
+    ],
+)
+def test_processes_that_are_of_no_use(
+    calls, shares, tmp_path, monkeypatch, processes, until, device, sentence
+):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    with pytest.raises(UserError, match=sentence):
+        runner.run_recipe(make_recipe(device=device), tmp_path / "run", until=until, processes=processes)
+    assert calls.log == []
+    assert not (tmp_path / "run").exists()
+
+
+def test_which_stages_can_be_shared():
+    training = {"max_steps": 1}
+    sections = {
+        "distill": training,
+        "recover": training,
+        "finish": training,
+        "sft": training,
+        "dpo": training,
+    }
+
+    def shared(recipe: Recipe) -> list[str]:
+        return [stage.name for stage in STAGES if stage.enabled(recipe) and stage.parallel(recipe)]
+
+    assert shared(make_recipe(**sections)) == ["calibrate", "distill", "recover", "finish"]
+    vllm = {"finish": training | {"rollout_engine": "vllm"}, "calibrate": {"method": "sequential"}}
+    assert shared(make_recipe(**sections | vllm)) == ["distill", "recover"]
+
+
+def test_a_step_stays_what_the_recipe_says(monkeypatch, tmp_path):
+    """Processes take their part of a step's micro-batches; what does not divide is refused."""
+    seen = {}
+    monkeypatch.setattr("regrow.training.distill.distill", lambda **options: seen.update(options) or {})
+    distill = next(stage for stage in STAGES if stage.name == "distill")
+    recipe = make_recipe(distill={"max_steps": 1, "gradient_accumulation_steps": 6})
+    context = Context(recipe, tmp_path, tmp_path, tmp_path, tmp_path, {"prune": tmp_path}, processes=2)
+    check_share(distill, recipe, 2)
+    distill.run(context)
+    assert seen["gradient_accumulation_steps"] == 3
+    with pytest.raises(UserError, match=r"distill\.gradient_accumulation_steps is 6, .* multiple of 4"):
+        check_share(distill, recipe, 4)
