@@ -45,7 +45,7 @@ def all_fail():
 
 def linger(folder):
     Path(folder, f"pid-{os.getpid()}").touch()
-    time.sleep(120)
+    time.sleep(600)
 '''
 CALLER = """
 import json, sys
@@ -120,7 +120,7 @@ def test_nobody_outlives_the_caller(folder, how):
     assert json.loads((folder / "f" / "call.json").read_text())["function"] == "work:linger"
 
 
-def _eventually(true, seconds: float = 60):
+def _eventually(true, seconds: float = 240):
     deadline = time.monotonic() + seconds
     while not (found := true()) and time.monotonic() < deadline:
         time.sleep(0.05)
