@@ -27,6 +27,7 @@ from regrow.recipe import Recipe, parse_recipe
 from regrow.stages import STAGES, Context, Stage, check_share, corpus_specs
 
 _PLACES = ("parent", "out", "work", "run_dir")
+_ABSENT = object()  # a key that one of two manifests lacks; null is a value
 # Fields of a manifest that its hash covers; the rest (seconds) may differ between equal runs.
 _HASHED = ("stage", "version", "parent", "recipe", "corpora", "inputs")
 
@@ -279,7 +280,8 @@ def _require_match(step: Step, wanted: dict[str, Any], run_dir: Path) -> None:
 def _first_difference(found: Any, wanted: Any, field: str) -> str | None:
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
-            difference = _first_difference(found.get(key), wanted.get(key), f"{field}.{key}")
+            values = (side.get(key, _ABSENT) for side in (found, wanted))
+            difference = _first_difference(*values, f"{field}.{key}")
             if difference:
                 return difference
         return None
@@ -289,7 +291,7 @@ def _first_difference(found: Any, wanted: Any, field: str) -> str | None:
 
 
 def _brief(value: Any) -> str:
-    text = repr(value)
+    text = "nothing" if value is _ABSENT else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 

@@ -141,6 +141,16 @@ def test_damaged_manifest_is_refused(calls, tmp_path):
         runner.run_recipe(make_recipe(), tmp_path / "run")
 
 
+def test_a_key_that_a_manifest_lacks_is_named(calls, tmp_path):
+    runner.run_recipe(make_recipe(), tmp_path / "run")
+    path = tmp_path / "run" / "stages" / "first" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["recipe"]["prune"].pop("shards") is None  # as an older version would have left it out
+    path.write_text(json.dumps(manifest | {"hash": "0"}))
+    with pytest.raises(UserError, match=r"recipe\.prune\.shards \(nothing there, None now\); redo it"):
+        runner.run_recipe(make_recipe(), tmp_path / "run")
+
+
 def test_second_process_is_refused(calls, tmp_path, monkeypatch):
     def run_again(context: Context) -> dict:
         with pytest.raises(UserError, match="Another regrow run"):
