@@ -188,13 +188,18 @@ class Post(Optimisation, Lora):
 
 
 class Sft(Post):
-    """Fine-tuning on the corpora's answers: cross-entropy on the assistant's tokens (TRL's SFTTrainer)."""
+    """Fine-tuning on the corpora's answers: cross-entropy on the assistant's tokens (TRL's SFTTrainer).
+
+    `rows: followed` takes only answers that follow all of their constraints; `select_by` is then `last` by
+    default, else `held_out_kl`.
+    """
 
     learning_rate: Annotated[float, Field(gt=0)] = 1e-4
     batch_tokens: Positive = 2_048
     gradient_accumulation_steps: Positive = 1
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    select_by: Literal["held_out_kl", "last"] = "held_out_kl"
+    rows: Literal["all", "followed"] = "all"
+    select_by: Literal["held_out_kl", "last"] | None = None
 
 
 class Dpo(Post):

@@ -221,18 +221,32 @@ def _check_post(stage: str) -> Callable[[Recipe], None]:
     return check
 
 
-def _check_dpo(recipe: Recipe) -> None:
-    from regrow.data.constrained import constrained_rows
+def _check_sft(recipe: Recipe) -> None:
+    assert recipe.sft is not None
+    _check_post("sft")(recipe)
+    if recipe.sft.rows == "followed" and not _num_constrained(recipe):
+        raise UserError(
+            "The corpora hold no prompts with constraints, which sft.rows: followed needs; write some with "
+            "regrow synthesize --constraint-share, or use rows: all."
+        )
 
+
+def _check_dpo(recipe: Recipe) -> None:
     assert recipe.dpo is not None
     _check_post("dpo")(recipe)
     _check_rollouts("dpo")(recipe)
-    found = len(constrained_rows(corpus_specs(recipe.corpora)))
+    found = _num_constrained(recipe)
     if found < recipe.dpo.min_pairs:
         raise UserError(
             f"The corpora hold {found} prompts with constraints and dpo needs {recipe.dpo.min_pairs} pairs "
             "(min_pairs); write more with regrow synthesize --constraint-share, or leave dpo out."
         )
+
+
+def _num_constrained(recipe: Recipe) -> int:
+    from regrow.data.constrained import constrained_rows
+
+    return len(constrained_rows(corpus_specs(recipe.corpora)))
 
 
 def _check_evaluate(recipe: Recipe) -> None:
@@ -251,6 +265,10 @@ def _constraints(recipe: Recipe) -> dict[str, Any]:
     from regrow.data.constrained import constraints_hash
 
     return {"constraints": constraints_hash(corpus_specs(recipe.corpora))}
+
+
+def _constraints_of_sft(recipe: Recipe) -> dict[str, Any]:
+    return _constraints(recipe) if recipe.sft and recipe.sft.rows == "followed" else {}
 
 
 def _evaluate(context: Context) -> dict[str, Any]:
@@ -423,7 +441,7 @@ STAGES: tuple[Stage, ...] = (
     _distilling_stage("distill"),
     _distilling_stage("recover"),
     _distilling_stage("finish"),
-    _training_stage("sft", check=_check_post("sft")),
+    _training_stage("sft", also=_constraints_of_sft, check=_check_sft),
     _training_stage("dpo", _dpo, also=_constraints, check=_check_dpo),
     Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate, check=_check_evaluate),
     Stage("report", (*MODEL_STAGES, "evaluate"), ("name", "report"), _report),

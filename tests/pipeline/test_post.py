@@ -88,13 +88,14 @@ def test_run_measures_and_publishes_what_each_stage_made(recipe, tmp_path):
     assert not loading["unexpected_keys"]
 
 
-def test_finished_preferences_are_not_skipped_where_constraints_changed(recipe, tmp_path):
-    recipe["sft"] = None
-    run_recipe(parse_recipe(recipe, "recipe"), tmp_path / "run", until="dpo")
+@pytest.mark.parametrize("stage", ["sft", "dpo"])
+def test_what_was_judged_is_not_skipped_where_constraints_changed(recipe, tmp_path, stage):
+    recipe["sft"] = {**QUICK, "rows": "followed"} if stage == "sft" else None
+    run_recipe(parse_recipe(recipe, "recipe"), tmp_path / "run", until=stage)
     corpus = tmp_path / "train.jsonl"
     corpus.write_text(corpus.read_text().replace("detectable_format:title", "punctuation:no_comma"))
-    with pytest.raises(UserError, match=r"dpo.*recipe\.constraints"):
-        run_recipe(parse_recipe(recipe, "recipe"), tmp_path / "run", until="dpo")
+    with pytest.raises(UserError, match=rf"{stage}.*recipe\.constraints"):
+        run_recipe(parse_recipe(recipe, "recipe"), tmp_path / "run", until=stage)
 
 
 def test_other_settings_train_on_the_same_pairs(recipe, tmp_path, monkeypatch):

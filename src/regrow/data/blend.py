@@ -5,11 +5,11 @@ import json
 import random
 from array import array
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
-from regrow.data.corpora import Corpus, open_corpus
+from regrow.data.corpora import Corpus, Example, open_corpus
 from regrow.data.health import corpus_problems
 from regrow.data.templates import Encoded, require_chat_template, tokenize_example, turn_end_ids
 from regrow.errors import UserError
@@ -43,6 +43,7 @@ def encode_corpora(
     max_length: int,
     enable_thinking: bool | None = None,
     seed: int = 0,
+    keep: Callable[[Example], bool] | None = None,
 ) -> EncodedCorpus:
     """Read, encode and blend corpora.
 
@@ -52,16 +53,25 @@ def encode_corpora(
         max_length: conversations are cut off there; longer plain texts become several rows.
         enable_thinking: passed to the chat template when given.
         seed: order of the rows, and which of them are used.
+        keep: use only rows for which this holds; a corpus without any is left out of the blend.
 
     Raises:
-        UserError: a corpus cannot be read or has no usable rows, or conversations meet no chat template.
+        UserError: a corpus cannot be read or has no usable rows, none is to be kept, or conversations meet no
+            chat template.
     """
     read: list[list[Encoded]] = []
     sources: list[dict[str, Any]] = []
     notes: list[str] = []
+    weights: list[float] = []
     for position, (source, split, weight, limit) in enumerate(corpora):
         corpus = open_corpus(source, split=split, limit=limit)
         notes += corpus.notes
+        if keep is not None:
+            kept = [example for example in corpus.examples if keep(example)]
+            notes.append(f"{source}: {len(kept)} of {len(corpus.examples)} rows are to be used.")
+            if not kept:
+                continue
+            corpus = replace(corpus, examples=kept)
         for problem in corpus_problems(corpus):
             say(problem)
             notes.append(problem)
@@ -69,11 +79,14 @@ def encode_corpora(
         notes += row_notes
         random.Random(f"{seed}-{position}").shuffle(rows)
         read.append(rows)
+        weights.append(weight)
         sources.append(
             {"source": source, "split": split, "weight": weight, "hash": corpus.hash, "rows_read": len(rows)}
         )
+    if not read:
+        raise UserError(f"None of the corpora's rows is to be used ({' '.join(notes)}); use other corpora.")
     blend: list[Encoded] = []
-    for rows, entry in zip(_shares(read, [spec[2] for spec in corpora]), sources, strict=True):
+    for rows, entry in zip(_shares(read, weights), sources, strict=True):
         entry["num_rows"] = len(rows)
         entry["num_tokens"] = sum(len(row.input_ids) for row in rows)
         if len(rows) < entry["rows_read"]:

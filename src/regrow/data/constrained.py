@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrow.data.blend import CorpusSpec
-from regrow.data.constraints import validate_constraints
+from regrow.data.constraints import answer_of, check_response, validate_constraints
 from regrow.data.corpora import Example, Message, open_corpus
 from regrow.files import sha256_json
 
@@ -45,6 +45,24 @@ def constrained_rows(corpora: Sequence[CorpusSpec]) -> list[ConstrainedRow]:
         for example in open_corpus(source, split=split, limit=limit).examples
         if (row := _constrained(example)) is not None
     ]
+
+
+def judge(row: ConstrainedRow, answer: str, *, thinking: bool) -> list[bool]:
+    """Which of a row's constraints an answer follows (strict); see `answer_of`."""
+    text = answer_of(answer, thinking=thinking)
+    return check_response(
+        row.prompt[-1]["content"], text, row.instruction_ids, row.kwargs, row=row.where
+    ).strict
+
+
+def is_followed(example: Example) -> bool:
+    """Whether a corpus row has constraints, its last answer ended by itself and follows all of them.
+
+    Raises:
+        UserError: its constraints are malformed, or the checkers are not installed.
+    """
+    row = _constrained(example)
+    return row is not None and row.finished and all(judge(row, row.answer, thinking=False))
 
 
 def constraints_hash(corpora: Sequence[CorpusSpec]) -> str:

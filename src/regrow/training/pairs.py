@@ -12,8 +12,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from regrow.data.constrained import ConstrainedRow
-from regrow.data.constraints import answer_of, check_response, require_checkers
+from regrow.data.constrained import ConstrainedRow, judge
+from regrow.data.constraints import require_checkers
 from regrow.data.corpora import Example
 from regrow.data.templates import Encoded, tokenize_example, turn_end_ids
 from regrow.errors import UserError
@@ -161,14 +161,6 @@ def load_or_make_pairs(
     counts = _counts(pairs, len(rows), too_long)
     _write(folder, pairs, counts)
     return pairs, counts
-
-
-def judge(row: ConstrainedRow, answer: str, *, thinking: bool) -> list[bool]:
-    """Which of a row's constraints an answer follows (strict); see `answer_of`."""
-    text = answer_of(answer, thinking=thinking)
-    return check_response(
-        row.prompt[-1]["content"], text, row.instruction_ids, row.kwargs, row=row.where
-    ).strict
 
 
 def _answer_ids(tokenizer: Any, row: ConstrainedRow, enable_thinking: bool | None) -> list[int]:

@@ -1,11 +1,16 @@
-"""Fine-tuning on the corpora's answers: cross-entropy on the assistant's tokens, LoRA, merged."""
+"""Fine-tuning on the corpora's answers: cross-entropy on the assistant's tokens, LoRA, merged.
+
+With `rows="followed"` these are answers that programs have found to follow their constraints:
+rejection-sampling fine-tuning (Yuan et al., arXiv 2308.01825) on the teacher's own text.
+"""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedModel
 
 from regrow.data.blend import EncodedCorpus, encode_corpora
+from regrow.data.constrained import is_followed
 from regrow.data.templates import Encoded
 from regrow.errors import UserError
 from regrow.files import require_new_folder
@@ -29,6 +34,8 @@ def sft(
     work_dir: Path,
     batch_tokens: int = 2_048,
     learning_rate: float = 1e-4,
+    rows: Literal["all", "followed"] = "all",
+    select_by: Literal["held_out_kl", "last"] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Fine-tune a student with TRL's SFTTrainer on the answers in the corpora and write the merged model.
@@ -46,6 +53,10 @@ def sft(
         batch_tokens: the most tokens of a micro-batch, padding counted; rows are padded on the right, never
             packed.
         learning_rate: peak.
+        rows: which rows of the corpora are used: `"all"`, or those with constraints whose answer ended by
+            itself and follows every one (`"followed"`, decided by IFEval's checkers).
+        select_by: see `PostSettings`; by default `"held_out_kl"`, and `"last"` for followed rows, which lead
+            away from the teacher by intent.
         options: other fields of `PostSettings`.
 
     Returns:
@@ -56,7 +67,10 @@ def sft(
             another run.
         RunError: loss not finite, out of memory, disk full.
     """
-    settings = PostSettings(learning_rate=learning_rate, **options)
+    if rows not in ("all", "followed"):
+        raise UserError(f"rows is {rows!r}; use all or followed.")
+    select_by = select_by or ("last" if rows == "followed" else "held_out_kl")
+    settings = PostSettings(learning_rate=learning_rate, select_by=select_by, **options)
     if batch_tokens < 1:
         raise UserError(f"batch_tokens is {batch_tokens}; it must be above 0.")
     require_trl("sft")
@@ -71,17 +85,23 @@ def sft(
         max_length=settings.sequence_length,
         enable_thinking=settings.enable_thinking,
         seed=settings.seed,
+        keep=is_followed if rows == "followed" else None,
     )
-    rows, notes = usable_rows(corpus.rows, "response", "corpus")
+    usable, notes = usable_rows(corpus.rows, "response", "corpus")
     args = trl_arguments(SFTConfig, settings, Path(work_dir), dataset_kwargs={"skip_prepare_dataset": True})
 
     def data(model: PreTrainedModel, tokenizer: Any) -> PostData:
-        return _data(rows, corpus, [*corpus.notes, *notes], batch_tokens=batch_tokens, settings=settings)
+        return _data(usable, corpus, [*corpus.notes, *notes], batch_tokens=batch_tokens, settings=settings)
 
     return run_post(
         PostMethod(
             name="sft",
-            options={"batch_tokens": batch_tokens, "loss": "cross_entropy", "tokens": "response"},
+            options={
+                "batch_tokens": batch_tokens,
+                "loss": "cross_entropy",
+                "tokens": "response",
+                "rows": rows,
+            },
             identity={"batch_tokens": batch_tokens, "corpus": corpus.hash},
             data=data,
             trainer=lambda model, tokenizer, steps: sft_trainer(model, tokenizer, args, steps),

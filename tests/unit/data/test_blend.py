@@ -75,3 +75,22 @@ def test_rows_that_the_template_refuses_are_counted(tmp_path):
     path.write_text(json.dumps(rows[0]))
     with pytest.raises(UserError, match=r"no usable rows.*no system turn"):
         encode_corpora(tokenizer, [(str(path), "train", 1.0, None)], max_length=100, seed=0)
+
+
+def test_only_rows_to_keep_are_blended_and_a_corpus_without_any_has_no_share(tokenizer, tmp_path):
+    paths = [corpus(tmp_path / f"{name}.jsonl", [name * 4, name * 9] * 3) for name in ("a", "b")]
+    specs = [(path, "train", 1.0, None) for path in paths]
+
+    def encode(letter):
+        wanted = lambda example: letter in example.text and len(example.text) > 4  # noqa: E731
+        return encode_corpora(tokenizer, specs, max_length=64, keep=wanted)
+
+    blend = encode("b")
+    assert [len(row.input_ids) for row in blend.rows] == [9, 9, 9]
+    assert [source["source"] for source in blend.sources] == [paths[1]]
+    assert [note for note in blend.notes if "to be used" in note] == [
+        f"{paths[0]}: 0 of 6 rows are to be used.",
+        f"{paths[1]}: 3 of 6 rows are to be used.",
+    ]
+    with pytest.raises(UserError, match=r"None of the corpora's rows .*use other corpora\.$"):
+        encode("c")

@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from regrow.data.constrained import ConstrainedRow, constrained_rows, constraints_hash
+from regrow.data.constrained import ConstrainedRow, constrained_rows, constraints_hash, judge
 from regrow.errors import UserError
 from regrow.modeling.generate import Response
-from regrow.training.pairs import Candidate, choose_pair, judge, load_or_make_pairs, require_pairs
+from regrow.training.pairs import Candidate, choose_pair, load_or_make_pairs, require_pairs
 from tiny_models import save_tiny_tokenizer
 
 

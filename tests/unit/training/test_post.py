@@ -86,6 +86,23 @@ def test_sft_lowers_the_response_loss_and_leaves_the_rest_bit_identical(tmp_path
     assert [entry["step"] for entry in report["held_out"]] == [0, 3, 6, 9, 12]
 
 
+def test_sft_learns_from_finished_answers_that_follow_their_constraints(tmp_path):
+    case = preference_case(tmp_path, 6)
+    rows = [json.loads(line) for line in (tmp_path / "train.jsonl").read_text().splitlines()]
+    rows[0]["messages"][1]["content"] = "no title"
+    rows[1]["meta"] = rows[1]["meta"] | {"finished": False}
+    rows[2].pop("meta")  # nothing that could be checked
+    kinds = {"instruction_id_list": ["detectable_format:title", "punctuation:no_comma"], "kwargs": [{}, {}]}
+    rows[3]["messages"][1]["content"] = "<<t, with a comma>>"
+    rows[3]["meta"] = rows[3]["meta"] | kinds
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    report = sft(**case, out=tmp_path / "out", work_dir=tmp_path / "work", rows="followed", **QUICK)
+    assert report["corpora"][0]["num_rows"] == 2
+    assert any("2 of 6 rows are to be used" in note for note in report["notes"])
+    assert (report["hyperparameters"]["rows"], report["hyperparameters"]["select_by"]) == ("followed", "last")
+    assert report["chosen_step"] == 3
+
+
 def test_sft_gives_back_the_weights_before_it_where_held_out_kl_only_rose(tmp_path):
     case = make_case(tmp_path)
     case["student"] = case["teacher"]
@@ -220,6 +237,10 @@ def test_what_cannot_be_is_said_in_one_sentence(tmp_path, monkeypatch):
         dpo(**case, **folders, **DPO)
     with pytest.raises(UserError, match="beta is 0"):
         dpo(**case, **folders, **DPO | {"beta": 0})
+    with pytest.raises(UserError, match="0 of 30 rows are to be used"):
+        sft(**case, **folders, **QUICK, rows="followed")
+    with pytest.raises(UserError, match="rows is 'good'"):
+        sft(**case, **folders, **QUICK, rows="good")
     with pytest.raises(UserError, match="dropout is 1"):
         sft(**case, **folders, **QUICK, dropout=1)
     with pytest.raises(UserError, match="trainer refuses"):
