@@ -280,8 +280,8 @@ def _require_match(step: Step, wanted: dict[str, Any], run_dir: Path) -> None:
 def _first_difference(found: Any, wanted: Any, field: str) -> str | None:
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in sorted(found.keys() | wanted.keys()):
-            values = (side.get(key, _ABSENT) for side in (found, wanted))
-            difference = _first_difference(*values, f"{field}.{key}")
+            there, now = found.get(key, _ABSENT), wanted.get(key, _ABSENT)
+            difference = _first_difference(there, now, f"{field}.{key}")
             if difference:
                 return difference
         return None
