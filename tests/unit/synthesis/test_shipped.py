@@ -5,6 +5,7 @@ from importlib.resources import files
 
 import pytest
 
+from regrow.data.constrained import is_followed
 from regrow.data.constraints import PUNKT_KINDS, check_response
 from regrow.data.corpora import read_corpus
 from regrow.data.health import corpus_health
@@ -106,3 +107,15 @@ def test_size_and_health(corpus):
 def test_builtin_names(corpus):
     for split, name in NAMES.items():
         assert len(read_corpus(f"builtin:{name}")) == len(corpus[split])
+
+
+def test_followed_answers_are_followed_and_their_prompts_are_nowhere_else(turns):
+    examples = read_corpus("builtin:smollm2-followed")
+    assert len(examples) == 223
+    assert all(map(is_followed, examples))
+    asked = [example.messages[-2]["content"] for example in examples]
+    assert not {normalise(t) for t in asked} & {normalise(t) for t in turns["train"] + turns["held_out"]}
+    assert near_duplicates(asked, turns["held_out"]) == []
+    assert decontaminate_ifeval(asked) == (asked, 0)
+    lines = files("regrow").joinpath("assets", "dev_ifeval.jsonl").read_text(encoding="utf-8").splitlines()
+    assert decontaminate(asked, [json.loads(line)["prompt"] for line in lines]) == (asked, 0)
