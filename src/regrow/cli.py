@@ -48,6 +48,9 @@ Thinking = Annotated[
 ]
 
 
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Entry point: explained failures become one sentence and an exit code."""
     # The checkers report every answer whose language they cannot tell, with the whole answer.
@@ -57,9 +60,10 @@ def main() -> None:
     except RegrowError as error:
         print(f"regrow: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("regrow: interrupted; the same command goes on from the last finished stage.", file=sys.stderr)
-        sys.exit(130)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:  # what typer makes of Ctrl-C, silently
+            print("regrow: interrupted; the same command goes on where it can.", file=sys.stderr)
+        raise
 
 
 @app.command()
