@@ -120,7 +120,7 @@ def _tags(facts: Facts) -> list[str]:
 def _datasets(facts: Facts) -> list[str]:
     corpora = facts.recipe.get("corpora")
     sources = [c.get("source") for c in corpora if isinstance(c, dict)] if isinstance(corpora, list) else []
-    return [str(source) for source in dict.fromkeys(sources) if is_hub_id(source)]
+    return list(dict.fromkeys(source for source in sources if isinstance(source, str) and is_hub_id(source)))
 
 
 def _text(value: Any) -> Any:

@@ -117,6 +117,13 @@ def test_any_part_may_be_missing_or_nonsense(data):
     assert ModelCard(card).text.strip().startswith("# Model Card for ")
 
 
+def test_the_card_survives_a_corpus_without_a_usable_name():
+    for junk in ([], {"x": 1}, None):
+        results = full_results()
+        results["recipe"]["corpora"][0]["source"] = junk
+        assert "# Model Card for " in str(render_card(read_facts(results)))
+
+
 def test_the_page_survives_every_part_being_nonsense():
     junk = ["text", [1, 2], -1, math.nan, {"x": 1}]
     for place, key in enumerate(("models", "stages", "recipe", "environment", "final")):
