@@ -15,6 +15,7 @@ from typing import Any
 from regrow.data.corpora import is_local
 from regrow.errors import UserError
 from regrow.files import publish_folder, write_json
+from regrow.packages import require_engine, require_trl
 from regrow.recipe import Corpus, Recipe, apply_override, parse_recipe
 from regrow.reporting.steps import STEPS
 
@@ -197,14 +198,8 @@ def check_share(stage: Stage, recipe: Recipe, processes: int) -> None:
         )
 
 
-def _require_engine(name: str) -> None:
-    from regrow.modeling.writers import require_engine
-
-    require_engine(name)
-
-
 def _check_rollouts(stage: str) -> Callable[[Recipe], None]:
-    return lambda recipe: _require_engine(getattr(recipe, stage).rollout_engine)
+    return lambda recipe: require_engine(getattr(recipe, stage).rollout_engine)
 
 
 def _writes_itself(stage: str) -> Callable[[Recipe], bool]:
@@ -212,18 +207,9 @@ def _writes_itself(stage: str) -> Callable[[Recipe], bool]:
     return lambda recipe: getattr(recipe, stage).rollout_engine != "vllm"
 
 
-def _check_post(stage: str) -> Callable[[Recipe], None]:
-    def check(recipe: Recipe) -> None:
-        from regrow.training.post_settings import require_trl
-
-        require_trl(stage)
-
-    return check
-
-
 def _check_sft(recipe: Recipe) -> None:
     assert recipe.sft is not None
-    _check_post("sft")(recipe)
+    require_trl("sft")
     if recipe.sft.rows == "followed" and not _num_constrained(recipe):
         raise UserError(
             "The corpora hold no prompts with constraints, which sft.rows: followed needs; write some with "
@@ -233,7 +219,7 @@ def _check_sft(recipe: Recipe) -> None:
 
 def _check_dpo(recipe: Recipe) -> None:
     assert recipe.dpo is not None
-    _check_post("dpo")(recipe)
+    require_trl("dpo")
     _check_rollouts("dpo")(recipe)
     found = _num_constrained(recipe)
     if found < recipe.dpo.min_pairs:
@@ -252,7 +238,7 @@ def _num_constrained(recipe: Recipe) -> int:
 def _check_evaluate(recipe: Recipe) -> None:
     if "ifeval" not in recipe.evaluate.benchmarks:
         return
-    _require_engine(recipe.evaluate.ifeval.engine)
+    require_engine(recipe.evaluate.ifeval.engine)
     prompts = recipe.evaluate.ifeval.prompts
     if is_local(prompts):
         from regrow.data.prompts import read_prompts

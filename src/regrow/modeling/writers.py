@@ -4,7 +4,6 @@ Both take the same token ids (the chat template is applied here), the same end t
 and give the same `Response`. vLLM's kernels round differently, so its texts may differ from transformers'.
 """
 
-import importlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,9 +21,9 @@ from regrow.modeling.generate import (
     generate_responses,
 )
 from regrow.modeling.load import load_model, load_tokenizer, pick_device
+from regrow.packages import import_vllm, require_engine
 from regrow.progress import say
 
-ENGINES = ("transformers", "vllm")
 _CHUNK = 1_024  # prompts per call
 _LONGEST_PROMPT = 4_096  # vLLM reserves memory for it before it has seen a prompt
 
@@ -64,7 +63,7 @@ def open_writer(
 
     Args:
         folder: local model folder.
-        engine: a name of `ENGINES`. vLLM takes its own device and batch size.
+        engine: a name of `packages.ENGINES`. vLLM takes its own device and batch size.
         dtype, device, trust_remote_code: as in `load_model`.
         gpu_memory_utilization: share of the GPU's memory that vLLM takes; None is its own default.
 
@@ -77,27 +76,6 @@ def open_writer(
         return _Vllm(folder, tokenizer, dtype, trust_remote_code, gpu_memory_utilization)
     model = load_model(folder, dtype=dtype, device=pick_device(device), trust_remote_code=trust_remote_code)
     return _Own(model, tokenizer)
-
-
-def require_engine(engine: str) -> None:
-    """Check before long work that an engine can be used.
-
-    Raises:
-        UserError: an unknown engine, or vLLM is not installed.
-    """
-    if engine not in ENGINES:
-        raise UserError(f"The engine {engine!r} is unknown; use one of {', '.join(ENGINES)}.")
-    if engine == "vllm":
-        _import_vllm()
-
-
-def _import_vllm() -> Any:
-    try:
-        return importlib.import_module("vllm")
-    except ImportError as error:
-        raise UserError(
-            f"The engine vllm cannot be loaded ({error}); pip install vllm, or use the engine transformers."
-        ) from None
 
 
 class _Own:
@@ -151,7 +129,7 @@ class _Vllm:
         on_result: Callable[[int, Response], None] | None = None,
         progress: str | None = "generate",
     ) -> list[Response]:
-        vllm = _import_vllm()
+        vllm = import_vllm()
         prompts = [encode_prompt(self._tokenizer, item, enable_thinking) for item in conversations]
         check_lengths(self._model, prompts, max_new_tokens)
         if not prompts:

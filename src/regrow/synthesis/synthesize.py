@@ -13,7 +13,7 @@ from regrow.data.constraints import require_checkers
 from regrow.data.health import corpus_health, corpus_statistics
 from regrow.errors import UserError
 from regrow.files import publish_folder, read_json, require_new_folder, sha256_file, sha256_json, write_json
-from regrow.modeling.writers import require_engine
+from regrow.packages import require_engine
 from regrow.progress import say
 from regrow.synthesis.answers import answer_block
 from regrow.synthesis.blocks import Row, open_work, require_same, run_blocks

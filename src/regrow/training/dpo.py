@@ -18,11 +18,11 @@ from regrow.checkpoint import CheckpointReader
 from regrow.data.constrained import constrained_rows, hash_rows
 from regrow.errors import UserError
 from regrow.files import disk_errors, require_new_folder, sha256_json
-from regrow.modeling.writers import require_engine
+from regrow.packages import require_engine, require_trl
 from regrow.recipe import Engine
 from regrow.training.pairs import PAIRS, Pair, load_or_make_pairs, require_pairs
 from regrow.training.post import PostMethod, run_post
-from regrow.training.post_settings import PostSettings, require_trl, trl_arguments
+from regrow.training.post_settings import PostSettings, trl_arguments
 from regrow.training.post_steps import PostData
 from regrow.training.result import changed_tensors
 from regrow.training.settings import CorpusSpec

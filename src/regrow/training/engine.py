@@ -20,7 +20,7 @@ from regrow.errors import RunError, UserError
 from regrow.files import require_new_folder
 from regrow.modeling.hidden import check_head, head_of
 from regrow.modeling.load import load_model, load_tokenizer, pick_device
-from regrow.modeling.writers import require_engine
+from regrow.packages import require_engine
 from regrow.progress import Progress, say
 from regrow.training.arguments import training_arguments
 from regrow.training.best import BestWeights

@@ -1,19 +1,13 @@
 """What `sft` and `dpo` have in common in their settings, and how TRL's configs are told of them."""
 
-import importlib
-import importlib.metadata
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
-
-from packaging.version import Version
 
 from regrow.errors import UserError
 from regrow.training.arguments import arguments_of
 from regrow.training.lora import DEFAULT_TARGETS
 from regrow.training.settings import RunSettings
-
-_TRL = "1.16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,20 +40,6 @@ class PostSettings(RunSettings):
     def identity(self) -> dict[str, Any]:
         """As `RunSettings.identity`."""
         return super().identity() | {"targets": list(self.targets)}
-
-
-def require_trl(stage: str) -> None:
-    """Raises:
-    UserError: TRL is not installed, or too old.
-    """
-    remedy = "run pip install 'regrow[post]'."
-    try:
-        importlib.import_module("trl")
-        found = importlib.metadata.version("trl")
-    except (ImportError, importlib.metadata.PackageNotFoundError) as error:
-        raise UserError(f"{stage} trains with TRL, which cannot be loaded ({error}); {remedy}") from None
-    if Version(found) < Version(_TRL):
-        raise UserError(f"{stage} needs TRL {_TRL} or newer and found {found}; {remedy}")
 
 
 def trl_arguments(config: Any, settings: PostSettings, work_dir: Path, **own: Any) -> Any:

@@ -15,8 +15,9 @@ from regrow.data.templates import Encoded
 from regrow.errors import UserError
 from regrow.files import require_new_folder
 from regrow.modeling.load import load_tokenizer
+from regrow.packages import require_trl
 from regrow.training.post import PostMethod, run_post
-from regrow.training.post_settings import PostSettings, require_trl, trl_arguments
+from regrow.training.post_settings import PostSettings, trl_arguments
 from regrow.training.post_steps import PostData
 from regrow.training.rows import plan_run, usable_rows
 from regrow.training.settings import CorpusSpec
