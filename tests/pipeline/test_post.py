@@ -14,6 +14,7 @@ from regrow.recipe import parse_recipe
 from regrow.runner import run_recipe
 from regrow.training.trl_trainers import PlannedDpo
 from tiny_models import save_tiny_model
+from training_case import TITLED, write_conversations
 
 QUICK = {"max_steps": 2, "report_to": [], "precision": "fp32", "logging_steps": 1, "rank": 2, "alpha": 4}
 DPO = {
@@ -26,18 +27,8 @@ DPO = {
 
 
 def write_corpus(path, num_rows, word):
-    meta = {"instruction_id_list": ["detectable_format:title"], "kwargs": [{}], "finished": True}
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{word} {row}: answer with a title."},
-                {"role": "assistant", "content": f"<<{word} {row}>>"},
-            ],
-            "meta": meta,
-        }
-        for row in range(num_rows)
-    ]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    turns = [(f"{word} {row}: answer with a title.", f"<<{word} {row}>>") for row in range(num_rows)]
+    write_conversations(path, turns, meta=TITLED)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tiny_models import save_tiny_model
+from training_case import write_conversations
 
 TASKS = ["Name a colour", "Count to three", "Say hello", "Write a short line", "Name an animal"]
 
@@ -32,16 +33,14 @@ def regrow(*arguments: object, check: bool = True) -> subprocess.CompletedProces
 
 
 def write_corpus(path: Path, num_rows: int, word: str) -> None:
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"{TASKS[row % len(TASKS)]}, please ({word} {row})."},
-                {"role": "assistant", "content": f"Certainly: {word} {row} {'ab ' * (row % 7)}."},
-            ]
-        }
+    turns = [
+        (
+            f"{TASKS[row % len(TASKS)]}, please ({word} {row}).",
+            f"Certainly: {word} {row} {'ab ' * (row % 7)}.",
+        )
         for row in range(num_rows)
     ]
-    path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    write_conversations(path, turns)
 
 
 def write_recipe(folder: Path, parent: Path, **changes) -> Path:

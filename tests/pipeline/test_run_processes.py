@@ -14,7 +14,7 @@ import yaml
 from safetensors.numpy import load_file
 
 from tiny_models import save_tiny_model
-from training_case import tensors_of
+from training_case import assert_close, write_conversations
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 TRAINING = {
@@ -53,16 +53,10 @@ def recipe(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("case")
     save_tiny_model("llama", folder / "parent")
     for name, count in (("train", 40), ("held", 10)):
-        rows = [
-            {
-                "messages": [
-                    {"role": "user", "content": f"Say {name} {row}, please."},
-                    {"role": "assistant", "content": f"Certainly: {row} {'ab ' * (row % 7)}."},
-                ]
-            }
-            for row in range(count)
+        turns = [
+            (f"Say {name} {row}, please.", f"Certainly: {row} {'ab ' * (row % 7)}.") for row in range(count)
         ]
-        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        write_conversations(folder / f"{name}.jsonl", turns)
     value = {
         "name": "tiny",
         "model": str(folder / "parent"),
@@ -94,16 +88,9 @@ def read_report(run: Path, stage: str) -> dict:
 
 
 def assert_same_weights(left: Path, right: Path, stage: str, before: str) -> None:
-    """Weights differ by far less than the stage moved them."""
-    one, other, start = (
-        tensors_of(run / "stages" / name / "model")
-        for run, name in ((left, stage), (right, stage), (left, before))
-    )
-    assert one.keys() == other.keys()
-    moved = sum((one[name] - start[name]).double().square().sum() for name in one) ** 0.5
-    apart = sum((one[name] - other[name]).double().square().sum() for name in one) ** 0.5
-    assert moved > 0
-    assert apart <= 1e-3 * moved
+    """What a stage made of the same model differs by far less than it moved it."""
+    places = ((left, stage), (right, stage), (left, before))
+    assert_close(*(run / "stages" / name / "model" for run, name in places))
 
 
 def test_two_processes_make_the_same_run(recipe, alone, tmp_path):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from regrow.training.distill import distill
-from training_case import QUICK, make_case, tensors_of
+from training_case import QUICK, assert_close, make_case
 
 SCRIPT = """
 import json, os, sys
@@ -50,15 +50,6 @@ def launch(folder: Path, processes: int, arguments, launcher=(), environment=Non
     )
     assert finished.returncode == 0, finished.stderr[-3000:]
     return json.loads(report.read_text())
-
-
-def assert_close(left: Path, right: Path, start: Path):
-    """Weights differ by far less than training moved them."""
-    one, other, before = map(tensors_of, (left, right, start))
-    moved = sum((one[name] - before[name]).double().square().sum() for name in one) ** 0.5
-    apart = sum((one[name] - other[name]).double().square().sum() for name in one) ** 0.5
-    assert moved > 0
-    assert apart <= 1e-3 * moved
 
 
 def test_two_processes_equal_one(tmp_path):
