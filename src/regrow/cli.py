@@ -286,6 +286,11 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows at a time.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first rows.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1_280,
+    temperature: Annotated[float | None, typer.Option(min=0, help="Of answers; 0, greedy, if unset.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Of sampled answers: nucleus.")] = None,
+    repeats: Annotated[
+        int | None, typer.Option(min=1, help="Sampled answers to a prompt (ifeval), timings (latency).")
+    ] = None,
     thinking: Thinking = None,
     engine: Engine = "transformers",
     records: Annotated[Path | None, typer.Option(help="Folder for per-item results (resumable).")] = None,
@@ -308,6 +313,9 @@ def evaluate(
         batch_size=batch_size,
         limit=limit,
         max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_p=top_p,
+        repeats=repeats,
         enable_thinking=thinking,
         engine=engine,
         records=records,

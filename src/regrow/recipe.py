@@ -225,13 +225,25 @@ class IfevalOptions(Section):
     """How IFEval (or a development set with the same checkers) is generated and scored.
 
     `prompts` is a local jsonl file, a Hub dataset id, or `builtin:dev` for the project's own development set.
+    `temperature` 0 is greedy; above it each prompt can be answered `repeats` times for narrower intervals.
     """
 
     prompts: str = "google/IFEval"
     max_new_tokens: Positive = 1_280
     batch_size: Positive = 32
     limit: Positive | None = None
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repeats: Positive = 1
     engine: Engine = "transformers"
+
+    @model_validator(mode="after")
+    def _repeats_are_sampled(self) -> "IfevalOptions":
+        if self.repeats > 1 and self.temperature == 0:
+            raise ValueError(
+                "greedy answers are all the same: set a temperature, e.g. 0.7, for repeats above 1"
+            )
+        return self
 
 
 class LatencyOptions(Section):

@@ -140,7 +140,7 @@ def test_a_killed_run_goes_on_with_the_answers_it_has(
     assert longer.settings != whole.settings
 
 
-def test_sampled_repeats_differ_and_need_sampling(world: dict[str, Any]) -> None:
+def test_sampled_repeats_differ_and_need_sampling(world: dict[str, Any], tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "model": world["teacher"],
         "prompts": world["prompts"],
@@ -150,13 +150,18 @@ def test_sampled_repeats_differ_and_need_sampling(world: dict[str, Any]) -> None
         "device": "cpu",
         "repeats": 3,
     }
-    with pytest.raises(UserError, match="repeats above 1 need do_sample"):
+    with pytest.raises(UserError, match="for repeats above 1 set a temperature"):
         evaluate_ifeval(**options)
-    records = evaluate_ifeval(**options, do_sample=True).records
+    records = evaluate_ifeval(**options, temperature=1.0).records
     assert [(record["key"], record["repeat"]) for record in records] == [
         (k, r) for k in (0, 1) for r in range(3)
     ]
     assert len({record["response"] for record in records}) > 2
+    once = evaluate_once(benchmark="ifeval", temperature=0.5, top_p=0.9, records=tmp_path, **options)
+    assert once["ifeval"]["prompt_level_strict"]["total"] == 2 * 3
+    expected = {"do_sample": True, "temperature": 0.5, "top_p": 0.9, "seed": 0, "repeats": 3}
+    settings = read_result(tmp_path / "model-ifeval.json").settings
+    assert expected.items() <= settings["comparable"].items()
 
 
 def test_the_verb_gives_the_fixed_names(world: dict[str, Any], tmp_path: Path) -> None:
@@ -187,9 +192,12 @@ def test_the_verb_gives_the_fixed_names(world: dict[str, Any], tmp_path: Path) -
         ({"benchmark": "fidelity", "model": Path("x"), "teacher": Path("y")}, "needs --data"),
         ({"benchmark": "latency"}, "needs a model"),
         ({"benchmark": "latency", "responses": Path("r")}, "--responses is for --benchmark ifeval"),
+        ({"benchmark": "fidelity", "repeats": 2}, "--repeats is not for --benchmark fidelity"),
+        ({"benchmark": "latency", "top_p": 0.9}, "--top-p is not for --benchmark latency"),
+        ({"benchmark": "perplexity", "engine": "vllm"}, "--engine is not for --benchmark perplexity"),
     ],
 )
-def test_missing_arguments_are_named(arguments: dict[str, Any], complaint: str) -> None:
+def test_missing_and_misplaced_arguments_are_named(arguments: dict[str, Any], complaint: str) -> None:
     with pytest.raises(UserError, match=complaint):
         evaluate_once(**arguments)
 

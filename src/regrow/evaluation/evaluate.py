@@ -67,7 +67,6 @@ BENCHMARKS: dict[str, Benchmark] = {
             "batch_size",
             "limit",
             "enable_thinking",
-            "do_sample",
             "temperature",
             "top_p",
             "repeats",
@@ -185,6 +184,9 @@ def evaluate_once(
     max_new_tokens: int = 1_280,
     enable_thinking: bool | None = None,
     tokens: str = "all",
+    temperature: float | None = None,
+    top_p: float | None = None,
+    repeats: int | None = None,
     records: Path | None = None,
     seed: int = 0,
     device: str = "auto",
@@ -194,11 +196,13 @@ def evaluate_once(
 ) -> dict[str, Any]:
     """One benchmark on one model, as the verb `regrow evaluate` does it.
 
+    Arguments are those of the benchmark's function; None leaves it its own default.
+
     Returns:
         `{benchmark: figures}`; for latency with a teacher also `{"teacher": figures}`.
 
     Raises:
-        UserError: an unknown benchmark or a missing argument, named.
+        UserError: an unknown benchmark, or an argument that is missing or not for it, named.
     """
     row = find_benchmark(benchmark)
     if responses is not None:
@@ -210,8 +214,15 @@ def evaluate_once(
         if records is not None:
             write_result(records, f"{responses.name.split('.')[0]}-ifeval", scored)
         return {"ifeval": scored.figures}
-    if engine != "transformers" and "engine" not in row.options:
-        raise UserError(f"--engine is for --benchmark ifeval, not {benchmark}; leave it out.")
+    special = {
+        "engine": None if engine == "transformers" else engine,
+        "temperature": temperature,
+        "top-p": top_p,
+        "repeats": repeats,
+    }
+    for option, asked in special.items():
+        if asked is not None and option.replace("-", "_") not in row.options:
+            raise UserError(f"--{option} is not for --benchmark {benchmark}; leave it out.")
     needed = {
         "fidelity": {"a model": model, "--teacher": teacher, "--data": data},
         "perplexity": {"a model": model, "--data": data},
@@ -231,6 +242,9 @@ def evaluate_once(
         "max_new_tokens": max_new_tokens,
         "enable_thinking": enable_thinking,
         "tokens": tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "repeats": repeats,
         "seed": seed,
         "device": device,
         "dtype": dtype,

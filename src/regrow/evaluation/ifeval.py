@@ -62,8 +62,7 @@ def ifeval_settings(
     max_new_tokens: int = 1_280,
     limit: int | None = None,
     enable_thinking: bool | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
+    temperature: float = 0.0,
     top_p: float = 1.0,
     repeats: int = 1,
     seed: int = 0,
@@ -80,7 +79,7 @@ def ifeval_settings(
     tokenizer = load_tokenizer(model, trust_remote_code)
     template = str(getattr(tokenizer, "chat_template", None) or "")
     rows = read_prompts(prompts, limit=limit)
-    sampling = {"temperature": temperature, "top_p": top_p, "seed": seed} if do_sample else {}
+    sampled = temperature > 0
     return {
         "prompts": str(prompts),
         "comparable": {
@@ -89,8 +88,8 @@ def ifeval_settings(
             "chat_template_sha256": hashlib.sha256(template.encode()).hexdigest(),
             "enable_thinking": enable_thinking,
             "max_new_tokens": max_new_tokens,
-            "do_sample": do_sample,
-            **sampling,
+            "do_sample": sampled,
+            **({"temperature": temperature, "top_p": top_p, "seed": seed} if sampled else {}),
             "repeats": repeats,
             "checkers": _checkers(),
         },
@@ -109,8 +108,7 @@ def evaluate_ifeval(
     batch_size: int = 32,
     limit: int | None = None,
     enable_thinking: bool | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
+    temperature: float = 0.0,
     top_p: float = 1.0,
     repeats: int = 1,
     seed: int = 0,
@@ -129,8 +127,8 @@ def evaluate_ifeval(
         batch_size: sequences in flight.
         limit: only the first `limit` prompts.
         enable_thinking: passed to the chat template when given; a thinking block is not judged.
-        do_sample, temperature, top_p, seed: sampling instead of greedy decoding.
-        repeats: answers per prompt; more than one needs `do_sample`.
+        temperature, top_p, seed: of sampling; temperature 0 is greedy.
+        repeats: answers per prompt; more than one needs a temperature.
         device, dtype: where and in what precision the model runs.
         engine: who generates, `"transformers"` or `"vllm"`.
         trust_remote_code: run code that the checkpoint brings along.
@@ -140,15 +138,14 @@ def evaluate_ifeval(
     Raises:
         UserError: unusable prompts or model, or repeats without sampling.
     """
-    if repeats > 1 and not do_sample:
-        raise UserError("repeats above 1 need do_sample: greedy answers are all the same.")
+    if repeats > 1 and temperature == 0:
+        raise UserError("Greedy answers are all the same; for repeats above 1 set a temperature, e.g. 0.7.")
     settings = ifeval_settings(
         model=model,
         prompts=prompts,
         max_new_tokens=max_new_tokens,
         limit=limit,
         enable_thinking=enable_thinking,
-        do_sample=do_sample,
         temperature=temperature,
         top_p=top_p,
         repeats=repeats,
@@ -182,7 +179,6 @@ def evaluate_ifeval(
                 max_new_tokens=max_new_tokens,
                 batch_size=batch_size,
                 enable_thinking=enable_thinking,
-                do_sample=do_sample,
                 temperature=temperature,
                 top_p=top_p,
                 seed=seed + 1_000_003 * repeat,

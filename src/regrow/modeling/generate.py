@@ -61,8 +61,7 @@ def generate_responses(
     max_new_tokens: int,
     batch_size: int,
     enable_thinking: bool | None = None,
-    do_sample: bool = False,
-    temperature: float = 1.0,
+    temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
     on_result: Callable[[int, Response], None] | None = None,
@@ -76,8 +75,8 @@ def generate_responses(
         max_new_tokens: longest answer.
         batch_size: sequences in flight.
         enable_thinking: passed to the chat template when given.
-        do_sample, temperature, top_p, seed: sampling; the random numbers of a conversation depend on the seed
-            and its index only, not on who shares its batch. Otherwise greedy. The model's own generation
+        temperature, top_p, seed: of sampling; temperature 0 is greedy. The random numbers of a conversation
+            depend on the seed and its index only, not on who shares its batch. The model's own generation
             config gives end tokens and nothing else: no penalty, no top-k.
         on_result: called with (index, response) as soon as an answer is finished, in any order.
         progress: title of the progress line, or None for silence.
@@ -95,11 +94,11 @@ def generate_responses(
     responses: list[Response | None] = [None] * len(prompts)
 
     def uniforms(index: int) -> Tensor | None:
-        return uniform_stream(seed, index, max_new_tokens) if do_sample else None
+        return uniform_stream(seed, index, max_new_tokens) if temperature > 0 else None
 
     def choose(logits_NV: Tensor, rows: list[_Row]) -> list[int]:
         """The token that follows each position of each row's new tokens."""
-        if not do_sample:
+        if temperature == 0:
             return greedy_tokens(logits_NV).tolist()
         numbers = torch.cat(
             [

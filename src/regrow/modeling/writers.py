@@ -38,8 +38,7 @@ class Writer(Protocol):
         max_new_tokens: int,
         batch_size: int,
         enable_thinking: bool | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
+        temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         on_result: Callable[[int, Response], None] | None = None,
@@ -122,8 +121,7 @@ class _Vllm:
         max_new_tokens: int,
         batch_size: int,
         enable_thinking: bool | None = None,
-        do_sample: bool = False,
-        temperature: float = 1.0,
+        temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
         on_result: Callable[[int, Response], None] | None = None,
@@ -141,11 +139,11 @@ class _Vllm:
         # A seed per prompt: who shares its batch must not decide what is drawn.
         sampling = [
             vllm.SamplingParams(
-                temperature=temperature if do_sample else 0.0,
-                top_p=top_p if do_sample else 1.0,
+                temperature=temperature,
+                top_p=top_p if temperature > 0 else 1.0,
                 max_tokens=max_new_tokens,
                 stop_token_ids=self._end_ids,
-                seed=(seed * 1_000_003 + index) % (1 << 63) if do_sample else None,
+                seed=(seed * 1_000_003 + index) % (1 << 63) if temperature > 0 else None,
                 detokenize=False,
             )
             for index in range(len(prompts))

@@ -202,13 +202,24 @@ def estimate(figures: dict[str, Any], key: str) -> Estimate | None:
 
 
 def by_type(ifeval: dict[str, Any], mode: str = "strict") -> dict[str, Estimate]:
-    """Instruction type -> share followed, with Wilson's interval (a prompt rarely has a type twice)."""
+    """Instruction type -> share followed, with Wilson's interval where each prompt was answered once.
+
+    (A prompt rarely has a type twice; several answers to it are no independent trials.)
+    """
     found = {}
+    once = ifeval_repeats(ifeval) == 1
     for name, entry in sorted(section(ifeval, "by_type").items()):
         counted = _counts(section(entry, mode))
         if counted is not None:
-            found[str(name)] = share(*counted)
+            correct, total = counted
+            found[str(name)] = share(correct, total) if once else Estimate(correct / total, num=total)
     return found
+
+
+def ifeval_repeats(ifeval: dict[str, Any]) -> int:
+    """How many answers to each prompt the figures are of."""
+    comparable = section(section(ifeval, "settings"), "comparable")
+    return int(number(comparable, "repeats") or 1)
 
 
 def _counts(value: dict[str, Any]) -> tuple[int, int] | None:

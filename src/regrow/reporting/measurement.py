@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from regrow.reporting.facts import Facts, number, section
+from regrow.reporting.facts import Facts, ifeval_repeats, number, section
 from regrow.reporting.rows import ifeval_name, ifeval_source
 from regrow.reporting.text import count, one_line, public_name
 
@@ -52,9 +52,11 @@ def _ifeval_setting(facts: Facts) -> str:
     parts = []
     total = number(section(figures, "prompt_level_strict"), "total")
     if total:
-        parts.append(f"{count(total)} prompts from {public_name(ifeval_source(facts))}")
+        parts.append(
+            f"{count(total / ifeval_repeats(figures))} prompts from {public_name(ifeval_source(facts))}"
+        )
     if isinstance(options.get("do_sample"), bool):
-        parts.append("sampled" if options["do_sample"] else "greedy decoding")
+        parts.append(_sampling(figures, options) if options["do_sample"] else "greedy decoding")
     longest = number(options, "max_new_tokens")
     if longest:
         parts.append(f"at most {count(longest)} new tokens")
@@ -64,6 +66,12 @@ def _ifeval_setting(facts: Facts) -> str:
         parts.append(f"checkers of {one_line(options['checkers'])}")
     parts += _where(settings)
     return f"{ifeval_name(facts)}: {', '.join(parts)}." if parts else f"{ifeval_name(facts)}."
+
+
+def _sampling(figures: dict[str, Any], options: dict[str, Any]) -> str:
+    answers = ifeval_repeats(figures)
+    words = "sampled" if answers == 1 else f"{count(answers)} sampled answers to each"
+    return f"{words} at temperature {number(options, 'temperature') or 1:g}"
 
 
 def _where(settings: dict[str, Any]) -> list[str]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from regrow.reporting.estimate import Estimate
-from regrow.reporting.facts import IFEVAL_FIGURES, Facts, Model, estimate, number, section
+from regrow.reporting.facts import IFEVAL_FIGURES, Facts, Model, estimate, ifeval_repeats, number, section
 from regrow.reporting.text import (
     change,
     count,
@@ -51,8 +51,9 @@ def ifeval_name(facts: Facts) -> str:
     source = ifeval_source(facts)
     if source.startswith("builtin:"):
         return "Development set"
+    repeats = ifeval_repeats(model.ifeval) if model else 1
     prompts, instructions = (
-        number(section(model.ifeval, key), "total") if model else None
+        total / repeats if model and (total := number(section(model.ifeval, key), "total")) else None
         for key in ("prompt_level_strict", "inst_level_strict")
     )
     if source != "google/IFEval" and (prompts, instructions) != IFEVAL_SIZE:

@@ -131,7 +131,6 @@ def load_or_make_pairs(
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
         enable_thinking=enable_thinking,
-        do_sample=True,
         temperature=temperature,
         seed=seed,
         progress="student answers",

@@ -123,8 +123,7 @@ class Rollouts:
                 [text for _, text in texts],
                 max_new_tokens=self._max_new_tokens,
                 batch_size=self._batch_size,
-                do_sample=self._temperature > 0,
-                temperature=self._temperature or 1.0,
+                temperature=self._temperature,
                 seed=self._seed * 1_000_003 + window,
                 progress="student writes",
             )

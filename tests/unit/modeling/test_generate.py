@@ -143,8 +143,8 @@ def test_finished_rows_leave_and_waiting_ones_enter(tokenizer, monkeypatch):
     assert steps < 1.2 * decoded / 8  # the batch stays full until the end
 
 
-@pytest.mark.parametrize("do_sample", [False, True])
-def test_right_guesses_save_passes_and_wrong_ones_change_nothing(tokenizer, monkeypatch, do_sample):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_right_guesses_save_passes_and_wrong_ones_change_nothing(tokenizer, monkeypatch, temperature):
     model = tiny_model("llama")
     model.generation_config.eos_token_id = END_IDS
     passes = []
@@ -158,7 +158,7 @@ def test_right_guesses_save_passes_and_wrong_ones_change_nothing(tokenizer, monk
         passes.clear()
         monkeypatch.setattr("regrow.modeling.lookup.Lookup.guess", guess)
         answers = generate_responses(
-            model, tokenizer, prompts, max_new_tokens=40, batch_size=8, do_sample=do_sample, progress=None
+            model, tokenizer, prompts, max_new_tokens=40, batch_size=8, temperature=temperature, progress=None
         )
         return answers, len(passes)
 
@@ -226,7 +226,7 @@ def test_sampling_does_not_depend_on_the_batch(tokenizer, top_p):
     model = tiny_model("qwen3")
     model.generation_config.eos_token_id = END_IDS
     prompts = ["a", "a", *random_prompts(6)]
-    sample = {"max_new_tokens": 16, "do_sample": True, "temperature": 1.5, "top_p": top_p, "progress": None}
+    sample = {"max_new_tokens": 16, "temperature": 1.5, "top_p": top_p, "progress": None}
     runs = [
         generate_responses(model, tokenizer, prompts, batch_size=size, seed=seed, **sample)
         for size, seed in ((8, 0), (3, 0), (1, 0), (8, 1))

@@ -65,11 +65,11 @@ def test_the_end_token_is_counted_and_left_out(folder, vllm):
 
 def test_sampling_has_a_seed_per_prompt(folder, vllm):
     writer = open_writer(folder, engine="vllm", dtype="float32", device="cpu")
-    writer(CONVERSATIONS, do_sample=True, temperature=0.7, top_p=0.9, seed=2, **OPTIONS)
-    writer(CONVERSATIONS, do_sample=True, temperature=0.7, top_p=0.9, seed=3, **OPTIONS)
+    writer(CONVERSATIONS, temperature=0.7, top_p=0.9, seed=2, **OPTIONS)
+    writer(CONVERSATIONS, temperature=0.7, top_p=0.9, seed=3, **OPTIONS)
     seeds = [params.seed for _, sampling in vllm.asked for params in sampling]
     assert len(set(seeds)) == 6
-    writer(CONVERSATIONS, do_sample=True, seed=2**60, **OPTIONS)
+    writer(CONVERSATIONS, temperature=1.0, seed=2**60, **OPTIONS)
     assert all(0 <= params.seed < 2**63 for _, sampling in vllm.asked for params in sampling)
     assert len(vllm.started) == 1
     assert {params.temperature for params in vllm.asked[0][1]} == {0.7}

@@ -111,6 +111,20 @@ def test_a_benchmark_that_was_not_run_leaves_no_figure_and_is_named(make_run, be
     assert said in card
 
 
+def test_sampled_repeats_are_said_and_count_each_prompt_once(make_run):
+    results = full_results()
+    for name in ("teacher", results["final"]):
+        ifeval = results["models"][name]["ifeval"]
+        sampling = {"do_sample": True, "temperature": 0.7, "top_p": 1.0, "repeats": 4}
+        ifeval["settings"]["comparable"] |= sampling
+        counted = [value for value in ifeval.values() if isinstance(value, dict) and "total" in value]
+        for value in [*counted, *(kind["strict"] for kind in ifeval["by_type"].values())]:
+            value["correct"], value["total"] = 4 * value["correct"], 4 * value["total"]
+    _, card, _ = make_run(results)
+    assert "IFEval: 541 prompts from" in card
+    assert "4 sampled answers to each at temperature 0.7, at most 512 new tokens" in card
+
+
 def test_a_run_that_only_pruned_claims_no_training(make_run):
     _, card, page = make_run(only_pruned())
     for text in (card, page):

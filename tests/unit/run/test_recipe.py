@@ -59,6 +59,8 @@ def test_published_recipe_has_the_published_settings():
         ({"distill": {"max_steps": 9, "teacher_entries": 0}}, ["distill.teacher_entries", "0"]),
         ({"finish": {"max_steps": 9, "on_policy_fraction": 0}}, ["on_policy_fraction", "0"]),
         ({"evaluate": {"benchmarks": ["mmlu"]}}, ["benchmarks", "mmlu"]),
+        ({"evaluate": {"ifeval": {"repeats": 3}}}, ["evaluate.ifeval", "temperature", "repeats"]),
+        ({"evaluate": {"ifeval": {"top_p": 0}}}, ["evaluate.ifeval.top_p", "0"]),
     ],
 )
 def test_bad_values_are_named_in_one_sentence(change, words):
