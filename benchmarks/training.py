@@ -124,7 +124,7 @@ def run_trl(arguments, turn):
     from trl.experimental.gkd import GKDConfig, GKDTrainer
 
     from regrow.data.blend import encode_corpora
-    from regrow.training.rows import collate, plan_run, usable_rows
+    from regrow.training.rows import collate, plan_run
 
     tokenizer = AutoTokenizer.from_pretrained(arguments["student"])
     corpus = encode_corpora(
@@ -133,9 +133,9 @@ def run_trl(arguments, turn):
         max_length=arguments["sequence_length"],
         seed=0,
     )
-    rows, _ = usable_rows(corpus.rows, "all", "corpus")
+    rows = corpus.rows
     steps = arguments["rounds"] + 1
-    plan = plan_run(rows, batch_tokens=arguments["batch_tokens"], seed=0, num_batches=steps)
+    plan = plan_run(rows, corpus.one_pass, batch_tokens=arguments["batch_tokens"], seed=0, num_batches=steps)
     batches = iter([collate([rows[row] for row in numbers], "all") for numbers in plan])
     counts = []  # the loader runs one batch ahead
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 SiteKind = Literal["dense", "expert", "shared_expert", "mtp"]
+Tokens = Literal["all", "response"]  # which tokens count: those the assistant writes, or every one
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ import json
 import random
 from array import array
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,26 +14,71 @@ from regrow.data.health import corpus_problems
 from regrow.data.templates import Encoded, require_chat_template, tokenize_example, turn_end_ids
 from regrow.errors import UserError
 from regrow.progress import Progress, say
+from regrow.types import Tokens
 
 CorpusSpec = tuple[str, str, float, int | None]
 _SILENT_ROWS = 2_000
 
 
 @dataclass(frozen=True)
-class EncodedCorpus:
-    """A blend of corpora as tokens.
+class Part:
+    """One corpus of a blend.
 
     Attributes:
-        rows: encoded rows, in the blend's (seeded) order.
-        sources: per corpus: source, split, weight, content hash, rows read and used, tokens used.
-        hash: SHA-256 of the rows' tokens and masks, in order.
+        source: source, split, weight, content hash and number of usable rows.
+        numbers: its rows' numbers in the blend.
+        share: how many of them one pass takes.
+    """
+
+    source: dict[str, Any]
+    numbers: list[int]
+    share: int
+
+
+@dataclass(frozen=True)
+class EncodedCorpus:
+    """A blend of corpora as tokens, read in passes.
+
+    A pass is the largest blend with the corpora's weights that repeats no row: the scarcest corpus gives all
+    its rows, the others their share. The next pass goes on in those where the one before ended.
+
+    Attributes:
+        rows: every usable row once; first those of the first pass, in its order, so that a reader of fewer
+            tokens sees the corpora's weights.
+        parts: one entry per corpus.
+        seed: decides the order within a pass.
+        hash: SHA-256 of the rows' tokens and masks, in order, and of the shares where a pass is not all.
         notes: sentences about rows left out or cut off, and answers that nobody should learn from.
     """
 
     rows: list[Encoded]
-    sources: list[dict[str, Any]]
+    parts: list[Part]
+    seed: int
     hash: str
     notes: list[str]
+
+    def one_pass(self, number: int) -> list[int]:
+        """Numbers of the rows of a pass (0 is the first), in order; no row is in it twice."""
+        chosen = [
+            part.numbers[(number * part.share + index) % len(part.numbers)]
+            for part in self.parts
+            for index in range(part.share)
+        ]
+        random.Random(f"{self.seed}-blend").shuffle(chosen)
+        return chosen
+
+    def sources(self, used: Iterable[int]) -> list[dict[str, Any]]:
+        """What a report says of each corpus; `num_rows` and `num_tokens` count the rows that were used."""
+        wanted = set(used)
+        chosen = [[self.rows[number] for number in part.numbers if number in wanted] for part in self.parts]
+        return [
+            {
+                **part.source,
+                "num_rows": len(rows),
+                "num_tokens": sum(len(row.input_ids) for row in rows),
+            }
+            for part, rows in zip(self.parts, chosen, strict=True)
+        ]
 
 
 def encode_corpora(
@@ -43,26 +88,26 @@ def encode_corpora(
     max_length: int,
     enable_thinking: bool | None = None,
     seed: int = 0,
+    tokens: Tokens = "all",
     keep: Callable[[Example], bool] | None = None,
 ) -> EncodedCorpus:
     """Read, encode and blend corpora.
 
     Args:
-        corpora: (source, split, weight, limit) each. Weights are shares of the blend's tokens; the blend is
-            the largest one with these shares that repeats no row.
+        corpora: (source, split, weight, limit) each. Weights are shares of the tokens of a pass.
         max_length: conversations are cut off there; longer plain texts become several rows.
         enable_thinking: passed to the chat template when given.
         seed: order of the rows, and which of them are used.
-        keep: use only rows for which this holds; a corpus without any is left out of the blend.
+        tokens: which tokens will count; a row that has none of them is not usable.
+        keep: use only rows for which this holds. A corpus that is left without rows is left out.
 
     Raises:
-        UserError: a corpus cannot be read or has no usable rows, none is to be kept, or conversations meet no
-            chat template.
+        UserError: a corpus cannot be read or has no usable rows, none of any is left, or conversations meet
+            no chat template.
     """
     read: list[list[Encoded]] = []
     sources: list[dict[str, Any]] = []
     notes: list[str] = []
-    weights: list[float] = []
     for position, (source, split, weight, limit) in enumerate(corpora):
         corpus = open_corpus(source, split=split, limit=limit)
         notes += corpus.notes
@@ -77,25 +122,46 @@ def encode_corpora(
             notes.append(problem)
         rows, row_notes = _encode(tokenizer, corpus, max_length, enable_thinking)
         notes += row_notes
+        if tokens == "response":
+            answered = [row for row in rows if any(row.response_mask[1:])]
+            if without := len(rows) - len(answered):
+                notes.append(
+                    f"{source}: {without} of {len(rows)} rows left out: no token of an answer within "
+                    "sequence_length, and tokens is response."
+                )
+            rows = answered
+        if not rows:
+            continue
         random.Random(f"{seed}-{position}").shuffle(rows)
         read.append(rows)
-        weights.append(weight)
         sources.append(
             {"source": source, "split": split, "weight": weight, "hash": corpus.hash, "rows_read": len(rows)}
         )
     if not read:
         raise UserError(f"None of the corpora's rows is to be used ({' '.join(notes)}); use other corpora.")
-    blend: list[Encoded] = []
-    for rows, entry in zip(_shares(read, weights), sources, strict=True):
-        entry["num_rows"] = len(rows)
-        entry["num_tokens"] = sum(len(row.input_ids) for row in rows)
-        if len(rows) < entry["rows_read"]:
+    shares = _shares(read, [entry["weight"] for entry in sources])
+    for entry, share in zip(sources, shares, strict=True):
+        if share < entry["rows_read"]:
             notes.append(
-                f"{entry['source']}: {len(rows)} of {entry['rows_read']} rows used, as its weight asks."
+                f"{entry['source']}: one pass takes {share} of {entry['rows_read']} rows, as its weight asks."
             )
-        blend += rows
-    random.Random(f"{seed}-blend").shuffle(blend)
-    return EncodedCorpus(blend, sources, _hash(blend), notes)
+    return _blend(read, sources, shares, seed, notes)
+
+
+def _blend(
+    read: list[list[Encoded]], sources: list[dict[str, Any]], shares: list[int], seed: int, notes: list[str]
+) -> EncodedCorpus:
+    places = [[(which, index) for index in range(len(rows))] for which, rows in enumerate(read)]
+    first = [place for some, share in zip(places, shares, strict=True) for place in some[:share]]
+    random.Random(f"{seed}-blend").shuffle(first)
+    order = first + [place for some, share in zip(places, shares, strict=True) for place in some[share:]]
+    numbers = {place: number for number, place in enumerate(order)}
+    parts = [
+        Part(entry, [numbers[place] for place in some], share)
+        for entry, some, share in zip(sources, places, shares, strict=True)
+    ]
+    rows = [read[which][index] for which, index in order]
+    return EncodedCorpus(rows, parts, seed, _hash(rows, shares if len(first) < len(order) else []), notes)
 
 
 def _encode(
@@ -150,28 +216,24 @@ def _progress(what: str, total: int) -> Progress | _Silent:
     return Progress(what, total, "rows") if total > _SILENT_ROWS else _Silent()
 
 
-def _hash(rows: list[Encoded]) -> str:
-    digest = hashlib.sha256()
+def _hash(rows: list[Encoded], shares: list[int]) -> str:
+    digest = hashlib.sha256(json.dumps(shares).encode() if shares else b"")
     for row in rows:
         digest.update(json.dumps(len(row.input_ids)).encode())
         digest.update(array("q", row.input_ids).tobytes() + bytes(row.response_mask))
     return digest.hexdigest()
 
 
-def _shares(read: list[list[Encoded]], weights: list[float]) -> list[list[Encoded]]:
-    """The first rows of each corpus such that token counts are in proportion to the weights."""
-    if len(read) == 1:
-        return read
+def _shares(read: list[list[Encoded]], weights: list[float]) -> list[int]:
+    """How many of each corpus' first rows make token counts in proportion to the weights."""
     tokens = [sum(len(row.input_ids) for row in rows) for rows in read]
     unit = min(count / weight for count, weight in zip(tokens, weights, strict=True))
-    chosen: list[list[Encoded]] = []
-    for rows, weight in zip(read, weights, strict=True):
-        kept: list[Encoded] = []
-        total = 0
-        for row in rows:
-            if total >= unit * weight:
-                break
-            kept.append(row)
-            total += len(row.input_ids)
-        chosen.append(kept)
-    return chosen
+    shares = []
+    for rows, count, weight in zip(read, tokens, weights, strict=True):
+        left = min(unit * weight, count)
+        share = 0
+        while share < len(rows) and left > 1e-6:
+            left -= len(rows[share].input_ids)
+            share += 1
+        shares.append(share)
+    return shares

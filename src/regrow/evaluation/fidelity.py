@@ -15,11 +15,11 @@ from regrow.checkpoint import CheckpointReader
 from regrow.data.blend import CorpusSpec, encode_corpora
 from regrow.data.templates import Encoded
 from regrow.errors import UserError
-from regrow.evaluation.token_table import Tokens, TokenTable, row_records, table_figures, token_table
+from regrow.evaluation.token_table import TokenTable, row_records, table_figures, token_table
 from regrow.modeling.hidden import head_of
 from regrow.modeling.load import load_model, load_tokenizer, pick_device
 from regrow.progress import say
-from regrow.types import EvalResult
+from regrow.types import EvalResult, Tokens
 
 _CORPUS_ROWS = 256
 # The rows that are measured must not change with a run's seed, or runs could not be compared.

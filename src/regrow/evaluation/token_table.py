@@ -3,7 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +15,7 @@ from regrow.evaluation.intervals import bootstrap_interval, bootstrap_quantile_i
 from regrow.losses import divergence_metrics
 from regrow.modeling.hidden import Head, final_hidden, head_of
 from regrow.progress import Progress
-
-Tokens = Literal["all", "response"]
+from regrow.types import Tokens
 
 
 @dataclass(frozen=True)

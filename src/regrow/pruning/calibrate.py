@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from regrow.checkpoint import CheckpointReader
 from regrow.data.batches import padding_efficiency, plan_batches
-from regrow.data.blend import CorpusSpec, EncodedCorpus, encode_corpora
+from regrow.data.blend import CorpusSpec, encode_corpora
 from regrow.data.templates import Encoded
 from regrow.errors import UserError
 from regrow.families import mlp_sites
@@ -172,7 +172,7 @@ def calibrate(
             "num_tokens": sum(lengths[row] for row in mine if row not in share.held_out),
             "num_held_out_tokens": sum(lengths[row] for row in mine if row in share.held_out),
             "num_sequences": len(mine),
-            "corpora": _used(corpus, sum(lengths[row] for row in mine)),
+            "corpora": _named(corpus.sources(mine)),
         }
     final = _merge_ranks(out, rank, world) if world > 1 else writer.header
     return {
@@ -280,18 +280,15 @@ def _widest(sites: Sequence[MlpSite]) -> int:
     return max(site.width for site in sites)
 
 
-def _used(corpus: EncodedCorpus, num_tokens: int) -> list[dict[str, Any]]:
-    """What the header says of the corpora: local files by name only, tokens by their share of the blend."""
-    blend = sum(source["num_tokens"] for source in corpus.sources)
+def _named(sources: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What the header says of the corpora: local files by name only."""
+    kept = ("split", "weight", "hash", "num_tokens")
     return [
         {
             "source": Path(source["source"]).name if os.path.exists(source["source"]) else source["source"],
-            "split": source["split"],
-            "weight": source["weight"],
-            "hash": source["hash"],
-            "num_tokens": round(num_tokens * source["num_tokens"] / blend),
+            **{key: source[key] for key in kept},
         }
-        for source in corpus.sources
+        for source in sources
     ]
 
 

@@ -30,7 +30,7 @@ from regrow.training.held_out import HeldOut
 from regrow.training.memory import memory_errors, peak_memory_bytes
 from regrow.training.record import RunRecord
 from regrow.training.rollouts import Rollouts, require_prompts
-from regrow.training.rows import Plan, RunBatches, plan_held_out, plan_run, usable_rows
+from regrow.training.rows import Plan, RunBatches, plan_held_out, plan_run
 from regrow.training.settings import CorpusSpec, TrainingSettings
 from regrow.training.student import HiddenStates, load_dtype, product_dtype, share_frozen
 from regrow.training.teacher import LiveTeacher, Teacher, cached_teacher, check_vocabularies
@@ -96,12 +96,11 @@ def run_training(
             max_length=settings.sequence_length,
             enable_thinking=settings.enable_thinking,
             seed=settings.seed,
+            tokens=settings.tokens,
         )
         for specs in (corpora, [held_out])
     )
-    rows, row_notes = usable_rows(corpus.rows, settings.tokens, "corpus")
-    held_rows, held_notes = usable_rows(held.rows, settings.tokens, "held-out text")
-    notes = [*corpus.notes, *held.notes, *row_notes, *held_notes]
+    rows, notes = corpus.rows, [*corpus.notes, *held.notes]
 
     if settings.on_policy_fraction:
         require_prompts(rows)
@@ -157,14 +156,15 @@ def run_training(
     per_step = args.gradient_accumulation_steps * args.world_size
     plan = plan_run(
         rows,
+        corpus.one_pass,
         batch_tokens=settings.batch_tokens,
         seed=settings.seed,
         num_batches=record.micro_batches + (settings.max_steps - record.step) * per_step,
     )
     held_plan, num_held = plan_held_out(
-        held_rows, batch_tokens=settings.batch_tokens, max_tokens=_held_out_tokens(rows, plan, settings)
+        held.rows, batch_tokens=settings.batch_tokens, max_tokens=_held_out_tokens(rows, plan, settings)
     )
-    held_rows = held_rows[:num_held]
+    held_rows = held.rows[:num_held]
 
     with memory_errors(_remedies(settings), " The last checkpoint is kept."):
         model = load_model(
@@ -280,8 +280,8 @@ def run_training(
         "trainable_parameters": trainer.num_trainable,
         "world_size": args.world_size,
         "device": args.device.type,
-        "corpora": corpus.sources,
-        "held_out_corpus": held.sources[0],
+        "corpora": corpus.sources(row for batch in plan for row in batch),
+        "held_out_corpus": held.sources(range(num_held))[0],
         "hyperparameters": {**method.options, **asdict(settings)},
         "notes": notes,
     }

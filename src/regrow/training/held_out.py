@@ -11,9 +11,10 @@ from regrow.data.templates import Encoded
 from regrow.losses import SparseTargets, divergence_metrics, sparse_linear_kl
 from regrow.modeling.hidden import Head
 from regrow.training.forms import Targets
-from regrow.training.rows import Batch, Tokens, collate
+from regrow.training.rows import Batch, collate
 from regrow.training.student import head_arguments
 from regrow.training.teacher import Teacher
+from regrow.types import Tokens
 
 
 class HeldOut(Dataset[Any]):

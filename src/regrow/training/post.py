@@ -23,7 +23,7 @@ from regrow.training.memory import memory_errors, peak_memory_bytes
 from regrow.training.post_settings import PostSettings
 from regrow.training.post_steps import PostData, PostSteps
 from regrow.training.record import RunRecord
-from regrow.training.rows import plan_held_out, usable_rows
+from regrow.training.rows import plan_held_out
 from regrow.training.settings import CorpusSpec
 from regrow.training.student import HiddenStates, load_dtype, product_dtype, set_precision, stored_dtypes
 from regrow.training.teacher import LiveTeacher, check_vocabularies
@@ -85,8 +85,7 @@ def run_post(
         enable_thinking=settings.enable_thinking,
         seed=settings.seed,
     )
-    held_rows, notes = usable_rows(held.rows, "all", "held-out text")
-    plan, num_held = plan_held_out(held_rows, batch_tokens=2_048, max_tokens=settings.held_out_tokens)
+    plan, num_held = plan_held_out(held.rows, batch_tokens=2_048, max_tokens=settings.held_out_tokens)
     identity = {
         "method": method.name,
         **method.identity,
@@ -109,7 +108,7 @@ def run_post(
                 trust_remote_code=settings.trust_remote_code,
             )
         )
-        measured = HeldOut(held_rows[:num_held], plan, "all", live)
+        measured = HeldOut(held.rows[:num_held], plan, "all", live)
         measured.release_teacher(device)
         del live
         model = load_model(
@@ -165,10 +164,10 @@ def run_post(
         "peak_memory_bytes": peak_memory_bytes(device),
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "device": device.type,
-        "held_out_corpus": held.sources[0],
+        "held_out_corpus": held.sources(range(num_held))[0],
         "hyperparameters": {**asdict(settings), **method.options},
         **data.report,
-        "notes": [*data.notes, *held.notes, *notes, *adapter_notes, choice],
+        "notes": [*data.notes, *held.notes, *adapter_notes, choice],
     }
 
 

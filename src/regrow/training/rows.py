@@ -6,7 +6,7 @@ number of processes, go on at the same place of the same list.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,9 +14,8 @@ from torch.utils.data import Dataset
 
 from regrow.data.batches import pad_batch, plan_batches
 from regrow.data.templates import Encoded
-from regrow.errors import UserError
+from regrow.types import Tokens
 
-Tokens = Literal["all", "response"]
 Plan = Sequence[tuple[int, ...]]
 
 
@@ -68,31 +67,29 @@ def collate(rows: Sequence[Encoded], tokens: Tokens, numbers: Sequence[int] = ()
     return Batch(padded["input_ids"], padded["attention_mask"], positions, tuple(numbers), written)
 
 
-def usable_rows(rows: Sequence[Encoded], tokens: Tokens, what: str) -> tuple[list[Encoded], list[str]]:
-    """Rows with at least one token that counts, and a note about the others.
-
-    Raises:
-        UserError: none is left.
-    """
-    kept = [row for row in rows if len(row.input_ids) > 1 and (tokens == "all" or any(row.response_mask[1:]))]
-    if not kept:
-        raise UserError(
-            f"The {what} has no row with a token to learn from; use tokens: all or a longer sequence_length."
-        )
-    dropped = len(rows) - len(kept)
-    notes = [f"{dropped} rows of the {what} left out: no response within sequence_length."] if dropped else []
-    return kept, notes
-
-
 def plan_run(
-    rows: Sequence[Encoded], *, batch_tokens: int, seed: int, num_batches: int
+    rows: Sequence[Encoded],
+    one_pass: Callable[[int], Sequence[int]],
+    *,
+    batch_tokens: int,
+    seed: int,
+    num_batches: int,
 ) -> list[tuple[int, ...]]:
-    """The first `num_batches` micro-batches over as many epochs as it takes, as row numbers."""
-    lengths = [len(row.input_ids) for row in rows]
+    """The first `num_batches` micro-batches over as many passes as it takes, as row numbers.
+
+    Args:
+        rows: the corpus.
+        one_pass: the rows' numbers in a pass, as `EncodedCorpus.one_pass` gives them.
+        batch_tokens, seed: of `plan_batches`.
+        num_batches: of all processes together.
+    """
     plan: list[tuple[int, ...]] = []
     epoch = 0
     while len(plan) < num_batches:
-        plan += map(tuple, plan_batches(lengths, batch_tokens=batch_tokens, seed=seed, epoch=epoch))
+        numbers = one_pass(epoch)
+        lengths = [len(rows[number].input_ids) for number in numbers]
+        batches = plan_batches(lengths, batch_tokens=batch_tokens, seed=seed, epoch=epoch)
+        plan += [tuple(numbers[index] for index in batch) for batch in batches]
         epoch += 1
     return plan[:num_batches]
 

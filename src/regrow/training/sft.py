@@ -19,7 +19,7 @@ from regrow.packages import require_trl
 from regrow.training.post import PostMethod, run_post
 from regrow.training.post_settings import PostSettings, trl_arguments
 from regrow.training.post_steps import PostData
-from regrow.training.rows import plan_run, usable_rows
+from regrow.training.rows import plan_run
 from regrow.training.settings import CorpusSpec
 
 IGNORED = -100
@@ -86,13 +86,13 @@ def sft(
         max_length=settings.sequence_length,
         enable_thinking=settings.enable_thinking,
         seed=settings.seed,
+        tokens="response",
         keep=is_followed if rows == "followed" else None,
     )
-    usable, notes = usable_rows(corpus.rows, "response", "corpus")
     args = trl_arguments(SFTConfig, settings, Path(work_dir), dataset_kwargs={"skip_prepare_dataset": True})
 
     def data(model: PreTrainedModel, tokenizer: Any) -> PostData:
-        return _data(usable, corpus, [*corpus.notes, *notes], batch_tokens=batch_tokens, settings=settings)
+        return _data(corpus, batch_tokens=batch_tokens, settings=settings)
 
     return run_post(
         PostMethod(
@@ -116,16 +116,11 @@ def sft(
     )
 
 
-def _data(
-    rows: list[Encoded],
-    corpus: EncodedCorpus,
-    notes: list[str],
-    *,
-    batch_tokens: int,
-    settings: PostSettings,
-) -> PostData:
+def _data(corpus: EncodedCorpus, *, batch_tokens: int, settings: PostSettings) -> PostData:
+    rows = corpus.rows
     plan = plan_run(
         rows,
+        corpus.one_pass,
         batch_tokens=batch_tokens,
         seed=settings.seed,
         num_batches=settings.max_steps * settings.gradient_accumulation_steps,
@@ -138,10 +133,10 @@ def _data(
         loss_tokens=[sum(row.response_mask[1:]) for row in rows],
         padded=lambda batch: len(batch) * max(len(rows[row].input_ids) for row in batch),
         report={
-            "corpora": corpus.sources,
+            "corpora": corpus.sources(used),
             "num_response_tokens": sum(sum(rows[row].response_mask) for row in used),
         },
-        notes=notes,
+        notes=corpus.notes,
     )
 
 

@@ -18,9 +18,10 @@ from regrow.errors import UserError
 from regrow.modeling.hidden import Head, causal_model, final_hidden, head_of
 from regrow.progress import Progress
 from regrow.training.forms import Form, HiddenForm, SparseForm, Targets
-from regrow.training.rows import Batch, Plan, Tokens, collate
+from regrow.training.rows import Batch, Plan, collate
 from regrow.training.settings import TrainingSettings
 from regrow.training.store import TokenStore
+from regrow.types import Tokens
 
 _TEXTS = {"corpus": "corpus", "held_out": "held-out text"}
 

@@ -1,6 +1,11 @@
 import json
+import tempfile
+from collections import Counter
+from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from regrow.data.blend import encode_corpora
 from regrow.errors import UserError
@@ -23,11 +28,63 @@ def test_shares_of_tokens_follow_the_weights(tokenizer, tmp_path):
     blend = encode_corpora(
         tokenizer, [(small, "train", 1.0, None), (large, "train", 3.0, None)], max_length=64, seed=0
     )
-    tokens = [source["num_tokens"] for source in blend.sources]
+    numbers = blend.one_pass(0)
+    assert numbers == list(range(159))
+    sources = blend.sources(numbers)
+    tokens = [source["num_tokens"] for source in sources]
     assert tokens[0] == 300
     assert 900 <= tokens[1] < 900 + 7  # the share, met by the last whole row
-    assert len(blend.rows) == blend.sources[0]["num_rows"] + blend.sources[1]["num_rows"]
-    assert any("129 of 400 rows used" in note for note in blend.notes)
+    assert [source["num_rows"] for source in sources] == [30, 129]
+    assert any("one pass takes 129 of 400 rows" in note for note in blend.notes)
+    assert len(blend.rows) == 430
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 30), min_size=1, max_size=3),
+    weights=st.lists(st.floats(0.1, 5), min_size=3, max_size=3),
+    seed=st.integers(0, 2),
+)
+def test_passes_go_on_where_the_one_before_ended(tokenizer, sizes, weights, seed):
+    with tempfile.TemporaryDirectory() as folder:
+        letters = "abc"[: len(sizes)]
+        specs = [
+            (
+                corpus(Path(folder) / f"{letter}.jsonl", [letter * (2 + i) for i in range(size)]),
+                "train",
+                w,
+                None,
+            )
+            for letter, size, w in zip(letters, sizes, weights, strict=False)
+        ]
+        blend = encode_corpora(tokenizer, specs, max_length=64, seed=seed)
+    assert len({tuple(row.input_ids) for row in blend.rows}) == len(blend.rows) == sum(sizes)
+    passes = [blend.one_pass(number) for number in range(4 * max(sizes))]
+    assert passes[0] == list(range(len(passes[0])))
+    for part, size in zip(blend.parts, sizes, strict=True):
+        mine = [[number for number in one if number in set(part.numbers)] for one in passes]
+        assert all(len(set(one)) == len(one) == part.share for one in mine)  # no row twice in a pass
+        counts = Counter(number for one in mine for number in one)
+        assert len(counts) == size  # every row comes
+        assert max(counts.values()) - min(counts.values()) <= 1  # and none sooner again than the others
+    assert any(part.share == size for part, size in zip(blend.parts, sizes, strict=True))
+
+
+def test_rows_without_a_token_that_counts_are_left_out_with_a_note(tokenizer, tmp_path):
+    whole, cut = {"prompt": "q", "response": "a"}, {"prompt": "q" * 90, "response": "a"}
+    specs = []
+    for name, rows in (("mixed", [whole, cut]), ("cut", [cut])):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        specs.append((str(path), "train", 1.0, None))
+    blend = encode_corpora(tokenizer, specs, max_length=60, tokens="response")
+    assert [part.source["source"] for part in blend.parts] == [specs[0][0]]
+    words = "rows left out: no token of an answer within sequence_length, and tokens is response."
+    noted = [note for note in blend.notes if "no token" in note]
+    assert noted == [f"{specs[0][0]}: 1 of 2 {words}", f"{specs[1][0]}: 1 of 1 {words}"]
+    assert len(encode_corpora(tokenizer, specs, max_length=60).rows) == 3
+    with pytest.raises(UserError, match="tokens is response"):
+        encode_corpora(tokenizer, specs[1:], max_length=60, tokens="response")
 
 
 def test_seed_decides_order_and_hash(tokenizer, tmp_path):
@@ -38,7 +95,7 @@ def test_seed_decides_order_and_hash(tokenizer, tmp_path):
     assert blends[0].hash == blends[1].hash
     assert blends[0].rows == blends[1].rows
     assert blends[0].hash != blends[2].hash
-    assert blends[0].sources[0]["hash"] == blends[2].sources[0]["hash"]
+    assert blends[0].parts[0].source["hash"] == blends[2].parts[0].source["hash"]
     key = lambda row: row.input_ids  # noqa: E731
     assert sorted(blends[0].rows, key=key) == sorted(blends[2].rows, key=key)
 
@@ -87,7 +144,7 @@ def test_only_rows_to_keep_are_blended_and_a_corpus_without_any_has_no_share(tok
 
     blend = encode("b")
     assert [len(row.input_ids) for row in blend.rows] == [9, 9, 9]
-    assert [source["source"] for source in blend.sources] == [paths[1]]
+    assert [part.source["source"] for part in blend.parts] == [paths[1]]
     assert [note for note in blend.notes if "to be used" in note] == [
         f"{paths[0]}: 0 of 6 rows are to be used.",
         f"{paths[1]}: 3 of 6 rows are to be used.",

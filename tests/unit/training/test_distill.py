@@ -86,8 +86,9 @@ def test_one_step_of_sgd_is_the_naive_gradient_over_the_union_of_accumulated_bat
         },
     )
     tokenizer = load_tokenizer(case["student"])
-    rows = encode_corpora(tokenizer, case["corpora"], max_length=QUICK["sequence_length"], seed=0).rows
-    plan = plan_run(rows, batch_tokens=QUICK["batch_tokens"], seed=0, num_batches=3)
+    corpus = encode_corpora(tokenizer, case["corpora"], max_length=QUICK["sequence_length"], seed=0)
+    rows = corpus.rows
+    plan = plan_run(rows, corpus.one_pass, batch_tokens=QUICK["batch_tokens"], seed=0, num_batches=3)
     # The batches must differ in their numbers of counted tokens, or a mean of means would pass.
     assert len({sum(sum(rows[n].response_mask[1:]) for n in batch) for batch in plan}) > 1
     value, gradients = naive_gradients(case, plan, tokens, loss, temperature, label_weight)

@@ -32,7 +32,7 @@ QUICK = {
 
 def encoded(case, length=48):
     tokenizer = AutoTokenizer.from_pretrained(case["student"])
-    return encode_corpora(tokenizer, case["corpora"], max_length=length).rows
+    return encode_corpora(tokenizer, case["corpora"], max_length=length)
 
 
 def naive_sums(folder, rows):
@@ -54,8 +54,9 @@ def test_first_sft_loss_is_the_mean_over_the_steps_response_tokens(tmp_path, acc
     case = make_case(tmp_path)
     options = QUICK | {"max_steps": 1, "gradient_accumulation_steps": accumulation}
     report = sft(**case, out=tmp_path / "out", work_dir=tmp_path / "work", batch_tokens=128, **options)
-    rows = encoded(case)
-    plan = plan_run(rows, batch_tokens=128, seed=0, num_batches=accumulation)
+    corpus = encoded(case)
+    rows = corpus.rows
+    plan = plan_run(rows, corpus.one_pass, batch_tokens=128, seed=0, num_batches=accumulation)
     total, count = naive_sums(case["student"], [rows[row] for batch in plan for row in batch])
     assert report["losses"][0]["loss"] == pytest.approx(total / count, rel=1e-5)
     assert report["num_loss_tokens"] == count
@@ -76,7 +77,7 @@ def test_sft_lowers_the_response_loss_and_leaves_the_rest_bit_identical(tmp_path
         f"{prefix}.1.mlp.gate_proj.weight",
         f"{prefix}.1.self_attn.q_proj.weight",
     }
-    rows = encoded(case)
+    rows = encoded(case).rows
     old, count = naive_sums(case["student"], rows)
     new, _ = naive_sums(tmp_path / "out", rows)
     assert new / count < 0.9 * old / count
@@ -258,7 +259,7 @@ def test_what_cannot_be_is_said_in_one_sentence(tmp_path, monkeypatch):
 
 def test_labels_are_the_response_and_batches_of_pairs_are_full(tmp_path):
     case = make_case(tmp_path)
-    row = encoded(case)[0]
+    row = encoded(case).rows[0]
     labels = labels_of(row)
     assert labels[0] == -100
     assert [label != -100 for label in labels[1:]] == row.response_mask[1:]
