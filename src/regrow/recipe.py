@@ -34,6 +34,11 @@ class Corpus(Section):
     weight: Annotated[float, Field(gt=0)] = 1.0
     limit: Positive | None = None
 
+    @property
+    def spec(self) -> tuple[str, str, float, int | None]:
+        """The flat form that leaf functions take."""
+        return self.source, self.split, self.weight, self.limit
+
 
 class Calibrate(Section):
     """How the statistics of the channels are gathered."""

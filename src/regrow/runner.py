@@ -22,9 +22,10 @@ from regrow.energy import measured_energy
 from regrow.errors import UserError
 from regrow.files import disk_errors, publish_folder, read_json, sha256_json, write_json
 from regrow.launch import run_in_processes
+from regrow.needs import check_share
 from regrow.progress import say
 from regrow.recipe import Recipe, parse_recipe
-from regrow.stages import STAGES, Context, Stage, check_share, corpus_specs
+from regrow.stages import STAGES, Context, Stage
 
 _PLACES = ("parent", "out", "work", "run_dir")
 _ABSENT = object()  # a key that one of two manifests lacks; null is a value
@@ -139,7 +140,7 @@ def check_processes(steps: list[Step], recipe: Recipe, processes: int) -> None:
         )
     shared = [step.stage for step in steps if step.processes > 1 and step.action != "skip"]
     for stage in shared:
-        check_share(stage, recipe, processes)
+        check_share(stage.name, recipe, processes)
     if shared and recipe.device != "cpu":
         import torch
 
@@ -184,7 +185,7 @@ def _manifests(
     from regrow.data.corpora import corpus_hash
 
     fields = recipe.model_dump(mode="json")
-    specs = {"corpora": corpus_specs(recipe.corpora), "held_out": corpus_specs((recipe.held_out,))}
+    specs = {"corpora": [corpus.spec for corpus in recipe.corpora], "held_out": [recipe.held_out.spec]}
     hashes: dict[str, list[str]] = {}
     fingerprint = CheckpointReader(parent).fingerprint()
     manifests: dict[str, dict[str, Any]] = {}

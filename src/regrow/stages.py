@@ -12,14 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from regrow.data.corpora import is_local
-from regrow.errors import UserError
 from regrow.files import publish_folder, write_json
-from regrow.packages import require_engine, require_trl
-from regrow.recipe import Corpus, Recipe, apply_override, parse_recipe
+from regrow.needs import (
+    check_dpo,
+    check_evaluate,
+    check_rollouts,
+    check_sft,
+    constraints,
+    constraints_of_sft,
+    development_prompts,
+)
+from regrow.recipe import Recipe, apply_override, parse_recipe
 from regrow.reporting.steps import STEPS
-
-CorpusSpec = tuple[str, str, float, int | None]
 
 
 @dataclass(frozen=True)
@@ -85,18 +89,13 @@ def needs_statistics(criterion: str, refit: bool) -> bool:
     return find_criterion(criterion).needs_statistics or refit
 
 
-def corpus_specs(corpora: tuple[Corpus, ...]) -> list[CorpusSpec]:
-    """Corpora as the flat tuples that leaf functions take."""
-    return [(corpus.source, corpus.split, corpus.weight, corpus.limit) for corpus in corpora]
-
-
 def _calibrate(context: Context) -> dict[str, Any]:
     from regrow.pruning.calibrate import calibrate
 
     recipe = context.recipe
     return calibrate(
         model=context.parent,
-        corpora=corpus_specs(recipe.corpora),
+        corpora=[corpus.spec for corpus in recipe.corpora],
         out=context.out / "statistics.safetensors",
         sequence_length=recipe.sequence_length,
         enable_thinking=recipe.enable_thinking,
@@ -143,8 +142,8 @@ def _train(context: Context, stage: str, student: Path, out: Path) -> dict[str, 
     return function(
         student=student,
         teacher=context.parent,
-        corpora=corpus_specs(recipe.corpora),
-        held_out=corpus_specs((recipe.held_out,))[0],
+        corpora=[corpus.spec for corpus in recipe.corpora],
+        held_out=recipe.held_out.spec,
         out=out,
         work_dir=context.work,
         sequence_length=recipe.sequence_length,
@@ -169,92 +168,9 @@ def _dpo(context: Context) -> dict[str, Any]:
     return report
 
 
-def _development(stage: str) -> Callable[[Recipe], dict[str, Any]]:
-    """The prompts by which a training stage chooses its weights, where it does so."""
-
-    def prompts(recipe: Recipe) -> dict[str, Any]:
-        section = getattr(recipe, stage)
-        if section.select_by != "development":
-            return {}
-        from regrow.data.prompts import hash_prompts, read_prompts
-
-        chosen = read_prompts(section.development_prompts, limit=section.development_limit)
-        return {"development": hash_prompts(chosen)}
-
-    return prompts
-
-
-def check_share(stage: Stage, recipe: Recipe, processes: int) -> None:
-    """Refuse a number of processes among which a stage's steps do not divide.
-
-    Raises:
-        UserError: the micro-batches of a step are no multiple of it.
-    """
-    count = getattr(getattr(recipe, stage.name, None), "gradient_accumulation_steps", processes)
-    if count % processes:
-        raise UserError(
-            f"{stage.name}.gradient_accumulation_steps is {count}, which {processes} processes cannot share; "
-            f"make it a multiple of {processes} (with a smaller batch_tokens a step stays as large)."
-        )
-
-
-def _check_rollouts(stage: str) -> Callable[[Recipe], None]:
-    return lambda recipe: require_engine(getattr(recipe, stage).rollout_engine)
-
-
 def _writes_itself(stage: str) -> Callable[[Recipe], bool]:
     """Each process would start its own vLLM, on the same GPU."""
     return lambda recipe: getattr(recipe, stage).rollout_engine != "vllm"
-
-
-def _check_sft(recipe: Recipe) -> None:
-    assert recipe.sft is not None
-    require_trl("sft")
-    if recipe.sft.rows == "followed" and not _num_constrained(recipe):
-        raise UserError(
-            "The corpora hold no prompts with constraints, which sft.rows: followed needs; write some with "
-            "regrow synthesize --constraint-share, or use rows: all."
-        )
-
-
-def _check_dpo(recipe: Recipe) -> None:
-    assert recipe.dpo is not None
-    require_trl("dpo")
-    _check_rollouts("dpo")(recipe)
-    found = _num_constrained(recipe)
-    if found < recipe.dpo.min_pairs:
-        raise UserError(
-            f"The corpora hold {found} prompts with constraints and dpo needs {recipe.dpo.min_pairs} pairs "
-            "(min_pairs); write more with regrow synthesize --constraint-share, or leave dpo out."
-        )
-
-
-def _num_constrained(recipe: Recipe) -> int:
-    from regrow.data.constrained import constrained_rows
-
-    return len(constrained_rows(corpus_specs(recipe.corpora)))
-
-
-def _check_evaluate(recipe: Recipe) -> None:
-    if "ifeval" not in recipe.evaluate.benchmarks:
-        return
-    require_engine(recipe.evaluate.ifeval.engine)
-    prompts = recipe.evaluate.ifeval.prompts
-    if is_local(prompts):
-        from regrow.data.prompts import read_prompts
-
-        read_prompts(prompts, limit=recipe.evaluate.ifeval.limit)
-
-
-def _constraints(recipe: Recipe) -> dict[str, Any]:
-    """The constraints of the corpora's rows; the corpora's own hashes cover the text only."""
-    from regrow.data.constrained import constraints_hash
-
-    return {"constraints": constraints_hash(corpus_specs(recipe.corpora))}
-
-
-def _constraints_of_sft(recipe: Recipe) -> dict[str, Any]:
-    return _constraints(recipe) if recipe.sft and recipe.sft.rows == "followed" else {}
 
 
 def _evaluate(context: Context) -> dict[str, Any]:
@@ -271,8 +187,8 @@ def _evaluate(context: Context) -> dict[str, Any]:
     report: dict[str, Any] = {"models": {}, "final": final}
     shared: dict[str, Any] = {
         "teacher": context.parent,
-        "held_out": corpus_specs((recipe.held_out,))[0],
-        "corpora": corpus_specs(recipe.corpora),
+        "held_out": recipe.held_out.spec,
+        "corpora": [corpus.spec for corpus in recipe.corpora],
         "records": context.work,
         "sequence_length": recipe.sequence_length,
         "enable_thinking": recipe.enable_thinking,
@@ -409,7 +325,7 @@ def _training_stage(
 
 def _distilling_stage(name: str) -> Stage:
     return _training_stage(
-        name, also=_development(name), check=_check_rollouts(name), parallel=_writes_itself(name)
+        name, also=development_prompts(name), check=check_rollouts(name), parallel=_writes_itself(name)
     )
 
 
@@ -427,8 +343,8 @@ STAGES: tuple[Stage, ...] = (
     _distilling_stage("distill"),
     _distilling_stage("recover"),
     _distilling_stage("finish"),
-    _training_stage("sft", also=_constraints_of_sft, check=_check_sft),
-    _training_stage("dpo", _dpo, also=_constraints, check=_check_dpo),
-    Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate, check=_check_evaluate),
+    _training_stage("sft", also=constraints_of_sft, check=check_sft),
+    _training_stage("dpo", _dpo, also=constraints, check=check_dpo),
+    Stage("evaluate", MODEL_STAGES, ("evaluate", "held_out", *_DATA), _evaluate, check=check_evaluate),
     Stage("report", (*MODEL_STAGES, "evaluate"), ("name", "report"), _report),
 )

@@ -8,8 +8,9 @@ import pytest
 
 from regrow import runner
 from regrow.errors import RunError, UserError
+from regrow.needs import check_share
 from regrow.recipe import Recipe, parse_recipe
-from regrow.stages import STAGES, Context, Stage, check_share
+from regrow.stages import STAGES, Context, Stage
 
 
 def make_recipe(**changes) -> Recipe:
@@ -243,8 +244,8 @@ def test_a_step_stays_what_the_recipe_says(monkeypatch, tmp_path):
     distill = next(stage for stage in STAGES if stage.name == "distill")
     recipe = make_recipe(distill={"max_steps": 1, "gradient_accumulation_steps": 6})
     context = Context(recipe, tmp_path, tmp_path, tmp_path, tmp_path, {"prune": tmp_path}, processes=2)
-    check_share(distill, recipe, 2)
+    check_share(distill.name, recipe, 2)
     distill.run(context)
     assert seen["gradient_accumulation_steps"] == 3
     with pytest.raises(UserError, match=r"distill\.gradient_accumulation_steps is 6, .* multiple of 4"):
-        check_share(distill, recipe, 4)
+        check_share(distill.name, recipe, 4)
