@@ -5,6 +5,7 @@ from pathlib import Path
 
 from regrow.data.corpora import is_local, read_corpus
 from regrow.modeling.sources import resolve_headers
+from regrow.needs import is_unwritten, unwritten
 from regrow.recipe import Corpus, Recipe
 from regrow.runner import (
     check_names,
@@ -44,8 +45,11 @@ def describe_run(
         f"bytes: {shape['weight_bytes']:,} -> {pruned['weight_bytes']:,}"
     )
     yield from (f"note: {note}" for note in pruned.get("notes", []))
+    for section in recipe.synthesize:
+        state = "run" if section in unwritten(recipe) else "skip"
+        yield f"synthesize {section.out} ({section.num_prompts:,} prompts): {state}"
     for label, corpus in [*(("corpus", corpus) for corpus in recipe.corpora), ("held-out", recipe.held_out)]:
-        yield f"{label}: {_describe_corpus(corpus)}"
+        yield f"{label}: {_describe_corpus(corpus, recipe)}"
     steps = plan_run(recipe, run_dir, start=start, until=until, processes=processes)
     check_processes(steps, recipe, processes)
     check_stages(steps, recipe)
@@ -57,7 +61,9 @@ def describe_run(
     yield f"disk: about {gigabytes:.1f} GB for {models} model(s) under {run_dir}, and training checkpoints"
 
 
-def _describe_corpus(corpus: Corpus) -> str:
+def _describe_corpus(corpus: Corpus, recipe: Recipe) -> str:
+    if is_unwritten(corpus, recipe):
+        return f"{corpus.source}: written by the parent first"
     if not is_local(corpus.source):
         return f"{corpus.source} ({corpus.split}): on the Hub, not checked"
     rows = read_corpus(corpus.source, split=corpus.split, limit=corpus.limit)

@@ -3,13 +3,15 @@
 The checks raise `UserError` with what is missing; the rest are columns `also` of the table of stages.
 """
 
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from regrow.data.corpora import is_local
 from regrow.errors import UserError
 from regrow.packages import require_engine, require_trl
-from regrow.recipe import Recipe
+from regrow.recipe import Corpus, Recipe, Synthesize
 
 
 def check_share(stage: str, recipe: Recipe, processes: int) -> None:
@@ -55,9 +57,22 @@ def check_dpo(recipe: Recipe) -> None:
         )
 
 
-def _num_constrained(recipe: Recipe) -> int:
+def unwritten(recipe: Recipe) -> list[Synthesize]:
+    """The corpora that the parent has yet to write."""
+    return [section for section in recipe.synthesize if not (Path(section.out) / "report.json").is_file()]
+
+
+def is_unwritten(corpus: Corpus, recipe: Recipe) -> bool:
+    """Whether a corpus is one of those."""
+    return any(Path(corpus.source).is_relative_to(section.out) for section in unwritten(recipe))
+
+
+def _num_constrained(recipe: Recipe) -> float:
+    """How many prompts with constraints the corpora hold; of text that is not written yet nobody knows."""
     from regrow.data.constrained import constrained_rows
 
+    if any(is_unwritten(corpus, recipe) for corpus in recipe.corpora):
+        return math.inf
     return len(constrained_rows([corpus.spec for corpus in recipe.corpora]))
 
 
@@ -77,6 +92,8 @@ def constraints(recipe: Recipe) -> dict[str, Any]:
     """The constraints of the corpora's rows; the corpora's own hashes cover the text only."""
     from regrow.data.constrained import constraints_hash
 
+    if any(is_unwritten(corpus, recipe) for corpus in recipe.corpora):
+        return {}  # they are read again when the text is there
     return {"constraints": constraints_hash([corpus.spec for corpus in recipe.corpora])}
 
 

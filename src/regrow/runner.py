@@ -22,10 +22,11 @@ from regrow.energy import measured_energy
 from regrow.errors import UserError
 from regrow.files import disk_errors, publish_folder, read_json, sha256_json, write_json
 from regrow.launch import run_in_processes
-from regrow.needs import check_share
+from regrow.needs import check_share, is_unwritten, unwritten
+from regrow.packages import require_engine
 from regrow.progress import say
 from regrow.recipe import Recipe, parse_recipe
-from regrow.stages import STAGES, Context, Stage
+from regrow.stages import STAGES, Context, Stage, write_corpora
 
 _PLACES = ("parent", "out", "work", "run_dir")
 _ABSENT = object()  # a key that one of two manifests lacks; null is a value
@@ -75,7 +76,11 @@ def run_recipe(
     check_width(recipe, parent)
     steps = plan_run(recipe, run_dir, start=start, until=until, processes=processes)
     check_processes(steps, recipe, processes)
-    # All manifests before any work or file: a bad corpus or a mismatch is said now, not after hours.
+    # All manifests before any work of a stage: a bad corpus or a mismatch is said now, not after hours.
+    if unwritten(recipe):
+        check_stages(steps, recipe)
+        _read_given(recipe)
+    write_corpora(recipe, parent)
     also = check_stages(steps, recipe)
     manifests = _manifests(recipe, parent, [step.stage for step in steps], also)
     for step in steps:
@@ -117,10 +122,21 @@ def check_stages(steps: list[Step], recipe: Recipe) -> dict[str, dict[str, Any]]
     Raises:
         UserError: a package, prompts or constraints are missing.
     """
+    for section in unwritten(recipe):
+        require_engine(section.engine)
     for step in steps:
         if step.action != "skip":
             step.stage.check(recipe)
     return {step.stage.name: step.stage.also(recipe) for step in steps}
+
+
+def _read_given(recipe: Recipe) -> None:
+    """Read the text that is there, before the parent writes the rest for hours."""
+    from regrow.data.corpora import open_corpus
+
+    for corpus in (*recipe.corpora, recipe.held_out):
+        if not is_unwritten(corpus, recipe):
+            open_corpus(corpus.source, split=corpus.split, limit=corpus.limit)
 
 
 def check_processes(steps: list[Step], recipe: Recipe, processes: int) -> None:

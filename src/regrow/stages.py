@@ -89,6 +89,28 @@ def needs_statistics(criterion: str, refit: bool) -> bool:
     return find_criterion(criterion).needs_statistics or refit
 
 
+def write_corpora(recipe: Recipe, parent: Path) -> None:
+    """Have the parent write the text that the recipe asks for; what is finished already is left as it is.
+
+    Raises:
+        UserError: a folder holds text that was written with other settings, or something else.
+        RunError: the device's memory is too small, or the disk is full.
+    """
+    from regrow.synthesis.synthesize import synthesize
+
+    for section in recipe.synthesize:
+        options = section.model_dump()
+        seed = options.pop("seed")
+        synthesize(
+            model=parent,
+            **options | {"out": Path(section.out)},
+            seed=recipe.seed if seed is None else seed,
+            enable_thinking=recipe.enable_thinking,
+            device=recipe.device,
+            trust_remote_code=recipe.trust_remote_code,
+        )
+
+
 def _calibrate(context: Context) -> dict[str, Any]:
     from regrow.pruning.calibrate import calibrate
 

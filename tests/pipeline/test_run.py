@@ -185,6 +185,23 @@ def test_dry_run_writes_nothing_and_takes_a_bare_config(tmp_path):
     assert sorted(tmp_path.rglob("*")) == before
 
 
+def test_dry_run_says_what_the_parent_would_write(tmp_path):
+    parent = tmp_path / "parent"
+    save_tiny_model("llama", parent)
+    text = tmp_path / "text"
+    recipe = write_recipe(
+        tmp_path,
+        parent,
+        synthesize=[{"out": str(text), "num_prompts": 2000}],
+        corpora=[{"source": f"{text}/train.jsonl"}],
+        held_out={"source": f"{text}/held_out.jsonl"},
+    )
+    done = regrow("run", recipe, "--out", tmp_path / "run", "--dry-run")
+    assert f"synthesize {text} (2,000 prompts): run" in done.stdout
+    assert f"corpus: {text}/train.jsonl: written by the parent first" in done.stdout
+    assert not text.exists()
+
+
 def test_sequential_calibration_belongs_to_one_way_of_pruning(tmp_path):
     parent = tmp_path / "parent"
     save_tiny_model("llama", parent)

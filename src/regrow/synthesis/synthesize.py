@@ -38,10 +38,10 @@ def synthesize(
     constraint_share: float = 0.25,
     system_share: float = 0.25,
     multi_turn_share: float = 0.15,
-    prompts_file: str | Path | None = None,
+    prompts: str | Path | None = None,
     prompts_split: str = "train",
     num_self_prompts: int = 0,
-    decontaminate_against: Sequence[str | Path] = (),
+    keep_out: Sequence[str | Path] = (),
     max_new_tokens: int = 512,
     batch_size: int = 32,
     temperature: float = 0.7,
@@ -64,13 +64,13 @@ def synthesize(
     Args:
         model: folder of a chat model.
         out: folder to make.
-        num_prompts: training prompts of the project's own, or the most that are taken from `prompts_file`.
+        num_prompts: training prompts of the project's own, or the most that are taken from `prompts`.
         num_held_out: held-out prompts; by default 16 % of `num_prompts`.
         seed: seeds prompts, sampling and splits.
         constraint_share, system_share, multi_turn_share: see `generate_prompts`.
-        prompts_file, prompts_split: take prompts from here instead (see `read_prompts`).
+        prompts, prompts_split: take prompts from here instead (see `read_prompts`).
         num_self_prompts: in addition, user turns that the model is asked to write itself.
-        decontaminate_against: prompt files of further benchmarks, besides IFEval, to keep out.
+        keep_out: prompt files of further benchmarks, besides IFEval, whose prompts are left out.
         max_new_tokens: longest answer.
         batch_size: conversations in flight.
         temperature, top_p: sampling of answers; 0 is greedy. Prompts with constraints are answered greedily
@@ -93,7 +93,7 @@ def synthesize(
     require_engine(engine)
     if temperature < 0 or not 0 < top_p <= 1:
         raise UserError(f"temperature {temperature} or top_p {top_p} is out of range; try 0.7 and 0.95.")
-    if prompts_file is None:
+    if prompts is None:
         generate = partial(
             generate_prompts,
             seed=seed,
@@ -103,9 +103,9 @@ def synthesize(
         )
         own = generate(num_prompts) + generate(num_held_out, split="held_out")
     else:
-        own = read_prompts(prompts_file, split=prompts_split)[: num_prompts + num_held_out]
+        own = read_prompts(prompts, split=prompts_split)[: num_prompts + num_held_out]
         own = hold_out(own, min(num_held_out, len(own) // 2), seed=seed)
-    benchmarks = [prompt for file in decontaminate_against for prompt in read_prompts(file)]
+    benchmarks = [prompt for file in keep_out for prompt in read_prompts(file)]
     own, num_contaminated = _decontaminate(own, benchmarks)
     require_checkers([kind for prompt in own for kind in prompt.instruction_ids])
     settings = {
@@ -146,10 +146,10 @@ def synthesize(
         trust_remote_code=trust_remote_code,
     )
     written, written_counts = _self_written(teacher, work, num_self_prompts, benchmarks, seed)
-    prompts = own + written
-    random.Random(f"order {seed}").shuffle(prompts)  # so that what an interrupted job holds is a fair sample
+    asked = own + written
+    random.Random(f"order {seed}").shuffle(asked)  # so that what an interrupted job holds is a fair sample
     rows = run_blocks(
-        prompts,
+        asked,
         work,
         block_size=batch_size * _BATCHES_PER_BLOCK,
         rows_of=lambda block, part: answer_block(
@@ -172,7 +172,7 @@ def synthesize(
     report = {
         "settings": settings,
         "counts": {
-            "prompts": len(prompts),
+            "prompts": len(asked),
             "prompts_in_benchmarks": num_contaminated,
             "self_prompts": written_counts,
             "left_out": left_out,

@@ -69,6 +69,52 @@ def test_runs_in_order_then_skips(calls, tmp_path):
     assert again == reports
 
 
+def test_text_is_written_by_the_parent_before_the_first_stage(calls, tmp_path, monkeypatch):
+    def write(*, model, out, **options):
+        calls.log.append(f"write {out.name}")
+        written.append((model, options))
+        out.mkdir(exist_ok=True)
+        for name in ("train.jsonl", "held_out.jsonl", "report.json"):
+            (out / name).write_text('{"text": "abc"}')
+
+    written = []
+    monkeypatch.setattr("regrow.synthesis.synthesize.synthesize", write)
+    chat, other = tmp_path / "chat", tmp_path / "other"
+    given = tmp_path / "given.jsonl"
+    recipe = make_recipe(
+        seed=3,
+        enable_thinking=False,
+        synthesize=[{"out": str(chat)}, {"out": str(other), "seed": 7, "attempts": 4}],
+        corpora=[{"source": str(source)} for source in (chat / "train.jsonl", given, other / "train.jsonl")],
+        held_out={"source": str(chat / "held_out.jsonl")},
+    )
+    with pytest.raises(UserError, match=r"given\.jsonl does not exist"):  # said before hours of writing
+        runner.run_recipe(recipe, tmp_path / "run")
+    assert calls.log == []
+    given.write_text('{"text": "abc"}')
+    runner.run_recipe(recipe, tmp_path / "run")
+    assert calls.log == ["write chat", "write other", "first", "second", "third"]
+    assert [model for model, _ in written] == [Path("parent")] * 2
+    seen = [{key: options[key] for key in ("seed", "attempts", "enable_thinking")} for _, options in written]
+    assert seen == [
+        {"seed": 3, "attempts": 1, "enable_thinking": False},
+        {"seed": 7, "attempts": 4, "enable_thinking": False},
+    ]
+
+
+def test_what_an_entry_of_synthesize_says_is_what_the_function_takes():
+    import inspect
+
+    from regrow.recipe import Synthesize
+    from regrow.synthesis.synthesize import synthesize
+
+    taken = inspect.signature(synthesize).parameters
+    for name, field in Synthesize.model_fields.items():
+        assert name in taken
+        if name not in ("out", "seed"):
+            assert field.default == taken[name].default, name
+
+
 def test_failed_stage_leaves_no_folder_and_the_rest_is_kept(calls, tmp_path):
     calls.fail_at = "second"
     with pytest.raises(RunError, match="stub failed"):

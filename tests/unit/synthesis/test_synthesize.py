@@ -159,9 +159,9 @@ def test_prompts_from_a_file_are_decontaminated_and_split(model, tmp_path, stub)
     report = run(
         model,
         tmp_path / "out",
-        prompts_file=tmp_path / "p.txt",
+        prompts=tmp_path / "p.txt",
         num_held_out=6,
-        decontaminate_against=[tmp_path / "b.txt"],
+        keep_out=[tmp_path / "b.txt"],
         cut_off="keep",
     )
     assert report["counts"]["prompts_in_benchmarks"] == 1

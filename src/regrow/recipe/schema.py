@@ -1,15 +1,9 @@
-"""The recipe: everything a run depends on, as one YAML file. Imports no torch.
-
-Unknown keys are refused, so a typing error cannot silently leave a default in force.
-"""
+"""The keys of a recipe. Unknown ones are refused: a typing error must not leave a default in force."""
 
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
-
-from regrow.errors import UserError
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -38,6 +32,31 @@ class Corpus(Section):
     def spec(self) -> tuple[str, str, float, int | None]:
         """The flat form that leaf functions take."""
         return self.source, self.split, self.weight, self.limit
+
+
+class Synthesize(Section):
+    """A corpus that the parent writes before the run, with the options of `regrow synthesize`.
+
+    `out` is a folder that gets `train.jsonl` and `held_out.jsonl`, which `corpora` and `held_out` name as any
+    other text. A folder that is finished is used as it is, by every run that asks for the same.
+    """
+
+    out: str
+    num_prompts: Positive = 1_500
+    num_held_out: Annotated[int, Field(ge=0)] | None = None
+    seed: int | None = None
+    constraint_share: Fraction = 0.25
+    system_share: Fraction = 0.25
+    multi_turn_share: Fraction = 0.15
+    prompts: str | None = None
+    num_self_prompts: Annotated[int, Field(ge=0)] = 0
+    keep_out: tuple[str, ...] = ()
+    attempts: Positive = 1
+    violations: Literal["balance", "keep", "drop"] = "balance"
+    max_new_tokens: Positive = 512
+    batch_size: Positive = 32
+    temperature: Annotated[float, Field(ge=0)] = 0.7
+    engine: Engine = "transformers"
 
 
 class Calibrate(Section):
@@ -298,6 +317,7 @@ class Recipe(Section):
     sequence_length: Positive = 1_024
     enable_thinking: bool | None = None
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    synthesize: tuple[Synthesize, ...] = ()
     corpora: Annotated[tuple[Corpus, ...], Field(min_length=1)]
     held_out: Corpus
     calibrate: Calibrate = Calibrate()
@@ -310,81 +330,15 @@ class Recipe(Section):
     evaluate: Evaluate = Evaluate()
     report: Report = Report()
 
-
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
-    """Read a recipe and apply `key=value` overrides (dotted keys, YAML values).
-
-    Raises:
-        UserError: the file is missing or no YAML, an override is malformed, or the schema refuses a value;
-            the message names the key.
-    """
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not UTF-8 text"
-        raise UserError(f"The recipe {path} cannot be read ({reason}); check the path.") from None
-    try:
-        value = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError) as error:
-        where = getattr(error, "problem_mark", None)
-        line = f" at line {where.line + 1}" if where else ""
-        raise UserError(f"The recipe {path} is not valid YAML{line}; mend its syntax.") from None
-    if not isinstance(value, dict):
-        raise UserError(f"The recipe {path} holds no keys; start from one of the shipped recipes.")
-    for override in overrides or []:
-        apply_override(value, override)
-    return parse_recipe(value, str(path))
-
-
-def parse_recipe(value: dict[str, Any], where: str) -> Recipe:
-    """Validate a recipe that is already a dictionary; `where` names it in messages."""
-    try:
-        return Recipe.model_validate(value)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "recipe"
-        if first["type"] == "extra_forbidden":
-            problem = "is no key of a recipe; check its spelling"
-        elif first["type"] == "missing":
-            problem = "is missing; add it"
-        else:
-            problem = first["msg"].removeprefix("Value error, ")
-            problem = f"{problem[0].lower()}{problem[1:]} (given: {first['input']!r:.80})"
-        more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
-        raise UserError(f"{where}: {key}: {problem}{more}.") from None
-
-
-def apply_override(recipe: dict[str, Any], override: str) -> None:
-    """Set one dotted key of an unvalidated recipe, in place.
-
-    Raises:
-        UserError: the override is not `key=value`, or its key runs through a plain value.
-    """
-    key, separator, text = override.partition("=")
-    if not separator or not key:
-        raise UserError(f"--set {override!r} is not of the form key=value, e.g. --set prune.width=7680.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
-        raise UserError(f"--set {override!r}: the value is not valid YAML; quote it.") from None
-    *parents, last = key.split(".")
-    node: Any = recipe
-    for part in parents:
-        node = _child(node, part, override)
-    if isinstance(node, list):
-        _child(node, last, override)
-        node[int(last)] = value
-    else:
-        node[last] = value
-
-
-def _child(node: Any, part: str, override: str) -> Any:
-    if isinstance(node, list):
-        if not part.isdigit() or int(part) >= len(node):
-            raise UserError(f"--set {override!r}: {part!r} is no position in a list of {len(node)}.")
-        return node[int(part)]
-    if node.get(part) is None:
-        node[part] = {}
-    if not isinstance(node[part], dict | list):
-        raise UserError(f"--set {override!r}: {part!r} holds a plain value, not further keys.")
-    return node[part]
+    @model_validator(mode="after")
+    def _written_text_is_read(self) -> "Recipe":
+        outs = [section.out for section in self.synthesize]
+        if len(set(outs)) < len(outs):
+            raise ValueError("two entries of synthesize have the same out: give each its own folder")
+        sources = [Path(corpus.source) for corpus in (*self.corpora, self.held_out)]
+        for out in outs:
+            if not any(source.is_relative_to(out) for source in sources):
+                raise ValueError(
+                    f"nothing reads {out}, which synthesize writes: name {out}/train.jsonl in corpora"
+                )
+        return self
