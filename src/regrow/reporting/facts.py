@@ -6,13 +6,13 @@ benchmark that was not run leaves a gap instead of an error or an invented figur
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from regrow.files import read_json
 from regrow.reporting.estimate import Estimate, interval_of, share
 from regrow.reporting.steps import STEP_OF_MODEL, STEPS, TRAINING_STEPS
-from regrow.reporting.text import is_hub_id, is_number, public_name, without_paths
+from regrow.reporting.text import is_hub_id, is_number, one_line, public_name, without_paths
 
 IFEVAL_FIGURES = (
     ("prompt_level_strict", "prompt level, strict"),
@@ -115,6 +115,19 @@ class Facts:
         return str(known) if known is not None and is_hub_id(known) else None
 
     @property
+    def written_text(self) -> list[dict[str, Any]]:
+        """The recipe's entries of text that the parent wrote itself."""
+        return [entry for entry in entries(self.recipe, "synthesize") if entry.get("out")]
+
+    def text_name(self, source: Any) -> str:
+        """Public name of a corpus; of text that the parent wrote with its folder, as the files are alike."""
+        path = PurePosixPath(str(source))
+        for out in (PurePosixPath(str(entry["out"])) for entry in self.written_text):
+            if path.is_relative_to(out):
+                return one_line(f"{out.name}/{path.relative_to(out)}")
+        return public_name(source)
+
+    @property
     def has_vision(self) -> bool:
         """Whether the published model has a vision part."""
         return bool(section(self.config, "vision_config"))
@@ -163,6 +176,12 @@ def read_facts(results: Any, model: Path | None = None) -> Facts:
         comparison=_comparison(results, reports),
         notes=tuple(dict.fromkeys(without_paths(note) for note in _list(results.get("notes")))),
     )
+
+
+def entries(holder: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """The objects of a recorded list; empty where there is none."""
+    found = holder.get(key)
+    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
 
 
 def section(value: Any, key: str) -> dict[str, Any]:

@@ -20,7 +20,7 @@ def testing_data(facts: Facts) -> list[str]:
         if tokens:
             parts.append(f"{count(tokens)} tokens")
         parts += _where(section(student.fidelity, "settings"))
-        found.append(f"Held-out text: {public_name(held_out['source'])} ({', '.join(parts)}).")
+        found.append(f"Held-out text: {facts.text_name(held_out['source'])} ({', '.join(parts)}).")
     if student.ifeval:
         found.append(_ifeval_setting(facts))
         missing = number(student.ifeval, "missing")

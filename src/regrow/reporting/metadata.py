@@ -5,7 +5,7 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCardData
 
 from regrow.reporting.estimate import Estimate
-from regrow.reporting.facts import IFEVAL_FIGURES, Facts, estimate, section
+from regrow.reporting.facts import IFEVAL_FIGURES, Facts, entries, estimate, section
 from regrow.reporting.rows import ifeval_name, ifeval_source
 from regrow.reporting.text import is_hub_id, one_line, public_name
 
@@ -69,7 +69,7 @@ def eval_results(facts: Facts) -> list[EvalResult]:
     found = []
     held_out = section(facts.recipe, "held_out").get("source")
     if held_out is not None:
-        dataset = public_name(held_out)
+        dataset = facts.text_name(held_out)
         for key, label in _FIDELITY_METRICS:
             measured = estimate(student.fidelity, key)
             if measured:
@@ -118,8 +118,7 @@ def _tags(facts: Facts) -> list[str]:
 
 
 def _datasets(facts: Facts) -> list[str]:
-    corpora = facts.recipe.get("corpora")
-    sources = [c.get("source") for c in corpora if isinstance(c, dict)] if isinstance(corpora, list) else []
+    sources = [corpus.get("source") for corpus in entries(facts.recipe, "corpora")]
     return list(dict.fromkeys(source for source in sources if isinstance(source, str) and is_hub_id(source)))
 
 

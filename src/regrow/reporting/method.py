@@ -1,5 +1,8 @@
 """How the model was made, in sentences: what each stage did, on what, and what it left alone."""
 
+from pathlib import PurePosixPath
+from typing import Any
+
 from regrow.reporting.facts import Facts, number, section
 from regrow.reporting.records import final_point, held_out_points, widths
 from regrow.reporting.steps import STEP_OF_STAGE
@@ -9,6 +12,11 @@ _REGIMES = {
     "bf16_mixed": "bf16 mixed precision (trained weights in fp32)",
     "bf16": "bf16 non-mixed precision",
     "fp32": "fp32",
+}
+_VIOLATIONS = {
+    "balance": "answers that miss one are no more than those that follow all",
+    "keep": "answers that miss one are kept",
+    "drop": "answers that miss one are left out",
 }
 _LOSSES = {
     "forward_kl": "KL(teacher || student)",
@@ -75,7 +83,7 @@ def preprocessing(facts: Facts) -> list[str]:
     """What happened to the text before it was tokens."""
     if not facts.recipe.get("corpora"):
         return []
-    found = []
+    found = [_written(entry) for entry in facts.written_text]
     length = number(facts.recipe, "sequence_length")
     cut = f", truncated at {count(length)} tokens" if length else ""
     found.append(
@@ -85,6 +93,19 @@ def preprocessing(facts: Facts) -> list[str]:
     if isinstance(thinking, bool):
         found.append(f"The template's thinking mode is {'on' if thinking else 'off'}.")
     return found
+
+
+def _written(entry: dict[str, Any]) -> str:
+    """What the parent was asked to write into one folder."""
+    prompts = number(entry, "num_prompts")
+    words = f"{one_line(PurePosixPath(str(entry['out'])).name)}: the parent's own answers"
+    words += f" to {count(prompts)} prompts" if prompts else ""
+    if constrained := number(entry, "constraint_share"):
+        tries = number(entry, "attempts") or 1
+        words += f", {percent(constrained)} of them with constraints that a program checks"
+        words += f" (the best of up to {count(tries)} tries" if tries > 1 else " (one try"
+        words += f"; {_VIOLATIONS.get(str(entry.get('violations')), 'answers that miss one may be in it')})"
+    return f"{words}. Left out: answers that were cut off, prompts with eight words in a row from IFEval."
 
 
 def training_regime(facts: Facts) -> list[tuple[str, str]]:

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from regrow.reporting.facts import Facts, by_type, number, section
+from regrow.reporting.facts import Facts, by_type, entries, number, section
 from regrow.reporting.steps import STEP_OF_STAGE
 from regrow.reporting.table import NOT_MEASURED, Table, label_of
 from regrow.reporting.text import (
@@ -67,9 +67,7 @@ def widths(facts: Facts) -> tuple[int | None, int | None]:
 
 def layer_records(facts: Facts) -> list[dict[str, Any]]:
     """What pruning recorded of each MLP, in order."""
-    report = facts.reports.get("prune", {})
-    found = report.get("layers")
-    return [layer for layer in found if isinstance(layer, dict)] if isinstance(found, list) else []
+    return entries(facts.reports.get("prune", {}), "layers")
 
 
 def layer_error(layer: dict[str, Any], when: str) -> float | None:
@@ -117,14 +115,17 @@ def layer_summary(facts: Facts) -> str:
 
 def loss_points(facts: Facts, stage: str) -> list[tuple[float, float]]:
     """(step, training loss) of a training stage."""
-    pairs = [(number(entry, "step"), number(entry, "loss")) for entry in _entries(facts, stage, "losses")]
+    pairs = [
+        (number(entry, "step"), number(entry, "loss"))
+        for entry in entries(facts.reports.get(stage, {}), "losses")
+    ]
     return [(step, loss) for step, loss in pairs if step is not None and loss is not None]
 
 
 def held_out_points(facts: Facts, stage: str) -> list[dict[str, float]]:
     """Held-out `kl` and `top1` by `step` during a training stage."""
     found = []
-    for entry in _entries(facts, stage, "held_out"):
+    for entry in entries(facts.reports.get(stage, {}), "held_out"):
         values = {"step": number(entry, "step"), "kl": number(entry, "kl")}
         values["top1"] = number(entry, "top1_agreement")
         point = {key: value for key, value in values.items() if value is not None}
@@ -144,17 +145,20 @@ def data_table(facts: Facts) -> Table:
     use = "training" if facts.training else ""
     if "calibrate" in facts.reports:
         use = f"calibration and {use}" if use else "calibration"
-    corpora = facts.recipe.get("corpora")
+    groups = (
+        (use, entries(facts.recipe, "corpora")),
+        ("held-out measurement", [section(facts.recipe, "held_out")]),
+    )
     rows = []
-    for purpose, group in ((use, corpora), ("held-out measurement", [facts.recipe.get("held_out")])):
-        for corpus in group if purpose and isinstance(group, list) else []:
-            if not isinstance(corpus, dict) or not corpus.get("source"):
+    for purpose, group in groups:
+        for corpus in group if purpose else []:
+            if not corpus.get("source"):
                 continue
             found = _recorded_corpus(facts, corpus)
             num_rows, num_tokens = number(found, "num_rows"), number(found, "num_tokens")
             rows.append(
                 (
-                    public_name(corpus["source"]),
+                    facts.text_name(corpus["source"]),
                     one_line(corpus.get("split") or ""),
                     purpose,
                     f"{number(corpus, 'weight') or 1:g}",
@@ -239,9 +243,8 @@ def hardware_lines(facts: Facts) -> list[tuple[str, str]]:
     """The machine."""
     hardware = section(facts.environment, "hardware")
     found = []
-    gpus = [gpu for gpu in hardware.get("gpus") or [] if isinstance(gpu, dict)]
     names: dict[str, int] = {}
-    for gpu in gpus:
+    for gpu in entries(hardware, "gpus"):
         memory = number(gpu, "memory_bytes")
         name = one_line(gpu.get("name", "GPU")) + (f" ({size(memory)})" if memory else "")
         names[name] = names.get(name, 0) + 1
@@ -297,11 +300,6 @@ def architecture_lines(facts: Facts) -> list[tuple[str, str]]:
     return found
 
 
-def _entries(facts: Facts, stage: str, key: str) -> list[dict[str, Any]]:
-    found = facts.reports.get(stage, {}).get(key)
-    return [entry for entry in found if isinstance(entry, dict)] if isinstance(found, list) else []
-
-
 def _site(layer: dict[str, Any]) -> str:
     return str(layer.get("name", "?"))
 
@@ -317,20 +315,22 @@ def _setting(value: Any) -> str:
 
 
 def _recorded_corpus(facts: Facts, corpus: dict[str, Any]) -> dict[str, Any]:
-    """What the stages recorded of a corpus of the recipe; training counts come before calibration's."""
-    for stage in (*facts.training, "calibrate"):
-        report = facts.reports.get(stage, {})
-        used = report.get("corpora")
-        for entry in [*(used if isinstance(used, list) else []), report.get("held_out_corpus")]:
-            if isinstance(entry, dict) and _same_corpus(entry, corpus):
+    """What the stages recorded of a corpus of the recipe; training counts come before calibration's.
+
+    Calibration records local files by name only, which others may share.
+    """
+    reports = [facts.reports.get(stage, {}) for stage in (*facts.training, "calibrate")]
+    recorded = [
+        entry
+        for report in reports
+        for entry in (*entries(report, "corpora"), section(report, "held_out_corpus"))
+        if entry.get("split", corpus.get("split")) == corpus.get("split")
+    ]
+    for name in (str, public_name):
+        for entry in recorded:
+            if name(entry.get("source")) == name(corpus["source"]):
                 return entry
     return {}
-
-
-def _same_corpus(entry: dict[str, Any], corpus: dict[str, Any]) -> bool:
-    """Stages record local files by name only."""
-    same = public_name(entry.get("source")) == public_name(corpus["source"])
-    return same and entry.get("split", corpus.get("split")) == corpus.get("split")
 
 
 def _total(facts: Facts, key: str) -> float | None:

@@ -178,6 +178,7 @@ _FULL: dict[str, Any] = {
         "sequence_length": 512,
         "enable_thinking": None,
         "device": "auto",
+        "synthesize": [{"out": "text/chat", "num_prompts": 2_000, "constraint_share": 0.25, "attempts": 1}],
         "corpora": [
             {**_CORPUS, "weight": 0.9},
             {"source": "yahma/alpaca-cleaned", "split": "train", "weight": 0.1, "limit": 5_000},

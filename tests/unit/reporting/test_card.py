@@ -101,6 +101,7 @@ def test_a_benchmark_that_was_not_run_leaves_no_figure_and_is_named(make_run, be
     if benchmark == "ifeval":
         del results["stages"]["evaluate"]["report"]["comparison"]
         results["recipe"]["evaluate"]["benchmarks"].remove("ifeval")
+        del results["recipe"]["synthesize"]  # its prompts were kept apart from IFEval's
     if benchmark == "fidelity":
         for stage in ("distill", "recover"):
             results["stages"][stage]["report"]["held_out"] = []
@@ -123,6 +124,35 @@ def test_sampled_repeats_are_said_and_count_each_prompt_once(make_run):
     _, card, _ = make_run(results)
     assert "IFEval: 541 prompts from" in card
     assert "4 sampled answers to each at temperature 0.7, at most 512 new tokens" in card
+
+
+def test_text_that_the_parent_wrote_is_described_and_told_apart(make_run):
+    results = full_results()
+    outs = ["/home/ada/text/chat", "/home/ada/text/followed"]
+    results["recipe"]["synthesize"] = [
+        {"out": outs[0], "num_prompts": 40_000, "constraint_share": 0.0},
+        {"out": outs[1], "num_prompts": 9_000, "constraint_share": 1.0, "attempts": 4, "violations": "drop"},
+    ]
+    names = [f"{out}/train.jsonl" for out in outs]
+    results["recipe"]["corpora"] = [{"source": name, "split": "train", "weight": 1.0} for name in names]
+    results["recipe"]["held_out"] = {"source": f"{outs[0]}/held_out.jsonl", "split": "train"}
+    for report in (results["stages"][stage]["report"] for stage in ("calibrate", "distill", "recover")):
+        local = report is results["stages"]["calibrate"]["report"]
+        report["corpora"] = [
+            {"source": "train.jsonl" if local else name, "split": "train", "num_rows": rows, "num_tokens": 7}
+            for name, rows in zip(names, (3_111, 222), strict=True)
+        ]
+    _, card, page = make_run(results)
+    assert "/home/ada" not in card + page
+    lines = [line for line in card.splitlines() if line.startswith("|") and "train.jsonl" in line]
+    assert [line.split("|")[1].strip() for line in lines] == ["chat/train.jsonl", "followed/train.jsonl"]
+    assert "3,111" in lines[0]
+    assert "222" in lines[1]
+    assert "- chat: the parent's own answers to 40,000 prompts. Left out:" in card
+    assert (
+        "- followed: the parent's own answers to 9,000 prompts, 100.0 % of them with constraints that a "
+        "program checks (the best of up to 4 tries; answers that miss one are left out)." in card
+    )
 
 
 def test_a_run_that_only_pruned_claims_no_training(make_run):
