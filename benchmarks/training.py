@@ -135,7 +135,7 @@ def run_trl(arguments, turn):
     )
     rows = corpus.rows
     steps = arguments["rounds"] + 1
-    plan = plan_run(rows, corpus.one_pass, batch_tokens=arguments["batch_tokens"], seed=0, num_batches=steps)
+    plan = plan_run(corpus, batch_tokens=arguments["batch_tokens"], seed=0, num_batches=steps)
     batches = iter([collate([rows[row] for row in numbers], "all") for numbers in plan])
     counts = []  # the loader runs one batch ahead
 

@@ -140,6 +140,28 @@ def test_a_killed_run_goes_on_with_the_answers_it_has(
     assert longer.settings != whole.settings
 
 
+def test_a_killed_sampled_run_ends_with_the_answers_of_a_whole_one(
+    world: dict[str, Any], tmp_path: Path
+) -> None:
+    options: dict[str, Any] = {
+        "model": world["teacher"],
+        "prompts": world["prompts"],
+        "max_new_tokens": 12,
+        "batch_size": 3,
+        "temperature": 1.0,
+        "repeats": 2,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    answers = tmp_path / "answers.jsonl"
+    whole = evaluate_ifeval(**options, answers=answers)
+    lines = answers.read_text().splitlines(keepends=True)
+    rows = [json.loads(line) for line in lines[1:]]
+    kept = [line for line, row in zip(lines[1:], rows, strict=True) if row["key"] in (3, 5) or row["repeat"]]
+    answers.write_text("".join([lines[0], *kept[:4]]))
+    assert evaluate_ifeval(**options, answers=answers).records == whole.records
+
+
 def test_sampled_repeats_differ_and_need_sampling(world: dict[str, Any], tmp_path: Path) -> None:
     options: dict[str, Any] = {
         "model": world["teacher"],
@@ -150,8 +172,13 @@ def test_sampled_repeats_differ_and_need_sampling(world: dict[str, Any], tmp_pat
         "device": "cpu",
         "repeats": 3,
     }
-    with pytest.raises(UserError, match="for repeats above 1 set a temperature"):
+    with pytest.raises(UserError, match="repeats 3 needs sampled answers"):
         evaluate_ifeval(**options)
+    with pytest.raises(UserError, match=r"top_p 0.9 needs sampled answers"):
+        evaluate_ifeval(**options | {"repeats": 1, "top_p": 0.9})
+    for wrong in ({"top_p": 0.0}, {"top_p": 1.5}, {"temperature": -1.0}, {"temperature": float("nan")}):
+        with pytest.raises(UserError, match="out of range"):
+            evaluate_ifeval(**options | {"temperature": 1.0} | wrong)
     records = evaluate_ifeval(**options, temperature=1.0).records
     assert [(record["key"], record["repeat"]) for record in records] == [
         (k, r) for k in (0, 1) for r in range(3)
@@ -194,6 +221,10 @@ def test_the_verb_gives_the_fixed_names(world: dict[str, Any], tmp_path: Path) -
         ({"benchmark": "latency", "responses": Path("r")}, "--responses is for --benchmark ifeval"),
         ({"benchmark": "fidelity", "repeats": 2}, "--repeats is not for --benchmark fidelity"),
         ({"benchmark": "latency", "top_p": 0.9}, "--top-p is not for --benchmark latency"),
+        (
+            {"benchmark": "ifeval", "responses": Path("r"), "temperature": 0.7},
+            "--temperature is of answers to come",
+        ),
         ({"benchmark": "perplexity", "engine": "vllm"}, "--engine is not for --benchmark perplexity"),
     ],
 )

@@ -25,7 +25,7 @@ class Part:
     """One corpus of a blend.
 
     Attributes:
-        source: source, split, weight, content hash and number of usable rows.
+        source: source, split, weight and content hash.
         numbers: its rows' numbers in the blend.
         share: how many of them one pass takes.
     """
@@ -43,42 +43,48 @@ class EncodedCorpus:
     its rows, the others their share. The next pass goes on in those where the one before ended.
 
     Attributes:
-        rows: every usable row once; first those of the first pass, in its order, so that a reader of fewer
-            tokens sees the corpora's weights.
+        rows: every usable row once; first those of the first pass, in seeded order.
         parts: one entry per corpus.
-        seed: decides the order within a pass.
         hash: SHA-256 of the rows' tokens and masks, in order, and of the shares where a pass is not all.
         notes: sentences about rows left out or cut off, and answers that nobody should learn from.
     """
 
     rows: list[Encoded]
     parts: list[Part]
-    seed: int
     hash: str
     notes: list[str]
 
     def one_pass(self, number: int) -> list[int]:
-        """Numbers of the rows of a pass (0 is the first), in order; no row is in it twice."""
-        chosen = [
+        """Numbers of the rows of a pass (0 is the first), ascending; no row is in it twice."""
+        return sorted(
             part.numbers[(number * part.share + index) % len(part.numbers)]
             for part in self.parts
             for index in range(part.share)
-        ]
-        random.Random(f"{self.seed}-blend").shuffle(chosen)
-        return chosen
+        )
 
-    def sources(self, used: Iterable[int]) -> list[dict[str, Any]]:
-        """What a report says of each corpus; `num_rows` and `num_tokens` count the rows that were used."""
-        wanted = set(used)
-        chosen = [[self.rows[number] for number in part.numbers if number in wanted] for part in self.parts]
-        return [
-            {
-                **part.source,
-                "num_rows": len(rows),
-                "num_tokens": sum(len(row.input_ids) for row in rows),
-            }
-            for part, rows in zip(self.parts, chosen, strict=True)
-        ]
+    @property
+    def first_pass(self) -> list[Encoded]:
+        """The rows of the first pass, in order: all that a reader of one pass sees."""
+        return self.rows[: sum(part.share for part in self.parts)]
+
+    def sources(self, read: Iterable[int]) -> list[dict[str, Any]]:
+        """What a report says of each corpus, of the rows that were read (numbers, as often as they were).
+
+        `num_rows` and `num_tokens` count a row once; `passes` is how often one was read in the mean.
+        """
+        times = Counter(read)
+        found = []
+        for part in self.parts:
+            used = [number for number in part.numbers if number in times]
+            found.append(
+                {
+                    **part.source,
+                    "num_rows": len(used),
+                    "num_tokens": sum(len(self.rows[number].input_ids) for number in used),
+                    "passes": round(sum(times[number] for number in used) / max(len(used), 1), 2),
+                }
+            )
+        return found
 
 
 def encode_corpora(
@@ -127,23 +133,28 @@ def encode_corpora(
             if without := len(rows) - len(answered):
                 notes.append(
                     f"{source}: {without} of {len(rows)} rows left out: no token of an answer within "
-                    "sequence_length, and tokens is response."
+                    "sequence_length."
                 )
+                if not answered:
+                    say(notes[-1])
             rows = answered
         if not rows:
             continue
         random.Random(f"{seed}-{position}").shuffle(rows)
         read.append(rows)
-        sources.append(
-            {"source": source, "split": split, "weight": weight, "hash": corpus.hash, "rows_read": len(rows)}
-        )
-    if not read:
+        sources.append({"source": source, "split": split, "weight": weight, "hash": corpus.hash})
+    if not read and keep is not None:
         raise UserError(f"None of the corpora's rows is to be used ({' '.join(notes)}); use other corpora.")
+    if not read:
+        raise UserError(
+            f"No row of {', '.join(str(source) for source, *_ in corpora)} has a token of an answer within "
+            f"{max_length} tokens; raise sequence_length or, where there is such a key, use tokens: all."
+        )
     shares = _shares(read, [entry["weight"] for entry in sources])
-    for entry, share in zip(sources, shares, strict=True):
-        if share < entry["rows_read"]:
+    for entry, rows, share in zip(sources, read, shares, strict=True):
+        if share < len(rows):
             notes.append(
-                f"{entry['source']}: one pass takes {share} of {entry['rows_read']} rows, as its weight asks."
+                f"{entry['source']}: one pass takes {share} of {len(rows)} rows, as its weight asks."
             )
     return _blend(read, sources, shares, seed, notes)
 
@@ -161,7 +172,7 @@ def _blend(
         for entry, some, share in zip(sources, places, shares, strict=True)
     ]
     rows = [read[which][index] for which, index in order]
-    return EncodedCorpus(rows, parts, seed, _hash(rows, shares if len(first) < len(order) else []), notes)
+    return EncodedCorpus(rows, parts, _hash(rows, shares if len(first) < len(order) else []), notes)
 
 
 def _encode(

@@ -68,6 +68,7 @@ def compare_results(
         `mcnemar_p`: exact McNemar test on prompts that follow every instruction strictly (on a share of
         prompts because instructions of one prompt are not independent; with repeats, on the prompts whose
         number of successes differs).
+        `num_repeats`: answers to each prompt.
         `flips`: for `prompts` and for `instructions`, how many B lost and gained; `examples` of both.
         `metrics`: difference and interval of all four figures. `by_type`: per kind of instruction both
         models' counts, and what was lost and gained.
@@ -97,6 +98,7 @@ def compare_results(
         "metric": metric,
         "margin": margin,
         "num_prompts": chosen.num_prompts,
+        "num_repeats": _num_repeats(records_a),
         "baseline_score": chosen.baseline,
         "candidate_score": chosen.candidate,
         "difference": chosen.difference,
@@ -138,7 +140,7 @@ def check_comparable(a: EvalResult, b: EvalResult) -> None:
     different = [
         f"{name} ({_short(first.get(name))} against {_short(second.get(name))})"
         for name in sorted({*first, *second})
-        if first.get(name) != second.get(name)
+        if first.get(name) != second.get(name) and name != "do_sample"  # temperature says it
     ]
     if different:
         raise UserError(
@@ -156,14 +158,17 @@ def format_comparison(result: Mapping[str, Any]) -> str:
         f"B (candidate): {result.get('candidate', 'B')}",
         f"{result['metric']}: A {result['baseline_score']:.4f}, B {result['candidate_score']:.4f}, "
         f"B - A {result['difference']:+.4f}, 95 % interval [{low:+.4f}, {high:+.4f}], "
-        f"{result['num_prompts']} prompts",
+        f"{result['num_prompts']} prompts"
+        + (f", {result['num_repeats']} answers each" if result["num_repeats"] > 1 else ""),
         f"verdict at a margin of {result['margin']:g}: B is {result['verdict']}"
         if result["verdict"] != "not enough data"
         else f"verdict at a margin of {result['margin']:g}: not enough data",
         f"prompts lost {flips['lost']}, gained {flips['gained']}, McNemar p = {result['mcnemar_p']:.4f}",
     ]
     for assumption, needed in result.get("needed", {}).items():
-        lines.append(f"to settle it, {assumption.replace('_', ' ')}: {_needed_words(needed)}")
+        lines.append(
+            f"to settle it, {assumption.replace('_', ' ')}: {_needed_words(needed, result['num_repeats'])}"
+        )
     lines.append("all four figures (B - A):")
     lines += [
         f"  {name}: {entry['difference']:+.4f} [{entry['ci95'][0]:+.4f}, {entry['ci95'][1]:+.4f}]"
@@ -208,9 +213,8 @@ def _needed(
     margin: float,
 ) -> dict[str, int | None]:
     prompts = prompts_needed(found.standard_deviation, true_difference, margin)
-    repeats = 1 + max(int(record.get("repeat", 0)) for record in records_a)
     rows = []
-    for repeat in range(repeats):
+    for repeat in range(_num_repeats(records_a)):
         correct_a, totals = prompt_counts([r for r in records_a if r.get("repeat", 0) == repeat], metric)
         correct_b, _ = prompt_counts([r for r in records_b if r.get("repeat", 0) == repeat], metric)
         rows.append((correct_b - correct_a) / totals.mean())
@@ -221,10 +225,15 @@ def _needed(
     }
 
 
-def _needed_words(needed: Mapping[str, int | None]) -> str:
+def _num_repeats(records: Sequence[Record]) -> int:
+    return 1 + max(int(record.get("repeat", 0)) for record in records)
+
+
+def _needed_words(needed: Mapping[str, int | None], num_repeats: int) -> str:
     if needed["prompts"] is None:
         return "no number of prompts (the difference lies on the margin)"
     words = f"about {needed['prompts']:,} prompts"
+    words += f" with {num_repeats} answers each" if num_repeats > 1 else ""
     if needed["repeats"] is not None:
         words += f", or at least {needed['repeats']:,} sampled answers to each of these"
     return words

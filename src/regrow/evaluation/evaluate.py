@@ -205,6 +205,19 @@ def evaluate_once(
         UserError: an unknown benchmark, or an argument that is missing or not for it, named.
     """
     row = find_benchmark(benchmark)
+    special = {
+        "engine": None if engine == "transformers" else engine,
+        "temperature": temperature,
+        "top-p": top_p,
+        "repeats": repeats,
+    }
+    for option, asked in special.items():
+        if asked is None:
+            continue
+        if option.replace("-", "_") not in row.options:
+            raise UserError(f"--{option} is not for --benchmark {benchmark}; leave it out.")
+        if responses is not None:
+            raise UserError(f"--{option} is of answers to come, and --responses gives them; leave it out.")
     if responses is not None:
         if benchmark != "ifeval":
             raise UserError(f"--responses is for --benchmark ifeval, not {benchmark}; leave it out.")
@@ -214,15 +227,6 @@ def evaluate_once(
         if records is not None:
             write_result(records, f"{responses.name.split('.')[0]}-ifeval", scored)
         return {"ifeval": scored.figures}
-    special = {
-        "engine": None if engine == "transformers" else engine,
-        "temperature": temperature,
-        "top-p": top_p,
-        "repeats": repeats,
-    }
-    for option, asked in special.items():
-        if asked is not None and option.replace("-", "_") not in row.options:
-            raise UserError(f"--{option} is not for --benchmark {benchmark}; leave it out.")
     needed = {
         "fidelity": {"a model": model, "--teacher": teacher, "--data": data},
         "perplexity": {"a model": model, "--data": data},

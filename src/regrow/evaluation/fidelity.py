@@ -159,7 +159,7 @@ def _encode(
     tokenizer: Any, specs: Sequence[CorpusSpec], most: int | None, options: dict[str, Any]
 ) -> tuple[list[Encoded], list[str]]:
     encoded = encode_corpora(tokenizer, _limited(specs, most), seed=_ROW_SEED, **options)
-    return encoded.rows[:most], list(encoded.notes)
+    return encoded.first_pass[:most], list(encoded.notes)
 
 
 def _limited(specs: Sequence[CorpusSpec], most: int | None) -> list[CorpusSpec]:

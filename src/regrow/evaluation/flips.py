@@ -3,6 +3,7 @@
 Two models of equal accuracy may still answer differently; the flips both ways show it.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,15 +13,21 @@ _LEVELS = {"prompts": "prompt_level_strict", "instructions": "inst_level_strict"
 
 
 def count_flips(records_a: Sequence[Record], records_b: Sequence[Record]) -> dict[str, Any]:
-    """What B lost and gained against A, strictly judged: prompts, instructions, and examples of prompts."""
+    """What B lost and gained against A, strictly judged: prompts, instructions, and examples of prompts.
+
+    Of several answers to a prompt their successes are added up first, as McNemar's test does.
+    """
     flips: dict[str, Any] = {}
     for level, metric in _LEVELS.items():
-        lost = gained = 0
+        changes: Counter[tuple[Any, int]] = Counter()
         for one, other in zip(records_a, records_b, strict=True):
-            before, after = _items(one, metric), _items(other, metric)
-            lost += sum(x and not y for x, y in zip(before, after, strict=True))
-            gained += sum(y and not x for x, y in zip(before, after, strict=True))
-        flips[level] = {"lost": lost, "gained": gained}
+            pairs = zip(_items(one, metric), _items(other, metric), strict=True)
+            for position, (before, after) in enumerate(pairs):
+                changes[one["key"], position] += after - before
+        flips[level] = {
+            "lost": sum(change < 0 for change in changes.values()),
+            "gained": sum(change > 0 for change in changes.values()),
+        }
     flips["examples"] = {
         way: [
             _example(one, other)

@@ -18,6 +18,7 @@ from regrow.modeling.generate import Response
 from regrow.modeling.load import load_tokenizer, pick_device
 from regrow.modeling.writers import Writer, open_writer
 from regrow.progress import say
+from regrow.recipe import sampling_contradiction
 from regrow.types import EvalResult
 
 
@@ -136,10 +137,10 @@ def evaluate_ifeval(
             made with other settings is begun anew.
 
     Raises:
-        UserError: unusable prompts or model, or repeats without sampling.
+        UserError: unusable prompts or model, or settings of sampling that contradict each other.
     """
-    if repeats > 1 and temperature == 0:
-        raise UserError("Greedy answers are all the same; for repeats above 1 set a temperature, e.g. 0.7.")
+    if problem := sampling_contradiction(temperature, top_p, repeats):
+        raise UserError(f"IFEval: {problem}.")
     settings = ifeval_settings(
         model=model,
         prompts=prompts,
@@ -156,16 +157,17 @@ def evaluate_ifeval(
         trust_remote_code=trust_remote_code,
     )
     rows = read_prompts(prompts, limit=limit)
+    numbers = {prompt.key: number for number, prompt in enumerate(rows)}
     known = _begin_answers(answers, settings_hash(settings))
     writer: Writer | None = None
     with contextlib.ExitStack() as opened:
-        # Each pair is generated with a seed of its own, so that resuming in another order changes nothing.
         for repeat in range(repeats):
+            title = "ifeval" if repeats == 1 else f"ifeval ({repeat + 1} of {repeats})"
             todo = [prompt for prompt in rows if (prompt.key, repeat) not in known]
+            if len(todo) < len(rows):
+                say(f"{title}: {len(rows) - len(todo)} of {len(rows)} answers are there already.")
             if not todo:
                 continue
-            if len(todo) < len(rows):
-                say(f"ifeval: {len(rows) - len(todo)} of {len(rows)} answers are there already.")
             if writer is None:
                 writer = open_writer(
                     model, engine=engine, dtype=dtype, device=device, trust_remote_code=trust_remote_code
@@ -174,6 +176,8 @@ def evaluate_ifeval(
             known |= _generate(
                 todo,
                 writer,
+                title=title,
+                numbers=[numbers[prompt.key] for prompt in todo],  # each draws what it would in a whole run
                 repeat=repeat,
                 answers=answers,
                 max_new_tokens=max_new_tokens,
@@ -196,6 +200,7 @@ def _generate(
     todo: Sequence[Prompt],
     writer: Writer,
     *,
+    title: str,
     repeat: int,
     answers: Path | None,
     **generation: Any,
@@ -217,7 +222,7 @@ def _generate(
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
     conversations = [[{"role": "user", "content": prompt.text}] for prompt in todo]
-    writer(conversations, on_result=keep, progress="ifeval", **generation)
+    writer(conversations, on_result=keep, progress=title, **generation)
     return made
 
 

@@ -64,6 +64,7 @@ def generate_responses(
     temperature: float = 0.0,
     top_p: float = 1.0,
     seed: int = 0,
+    numbers: Sequence[int] | None = None,
     on_result: Callable[[int, Response], None] | None = None,
     progress: str | None = "generate",
 ) -> list[Response]:
@@ -75,9 +76,10 @@ def generate_responses(
         max_new_tokens: longest answer.
         batch_size: sequences in flight.
         enable_thinking: passed to the chat template when given.
-        temperature, top_p, seed: of sampling; temperature 0 is greedy. The random numbers of a conversation
-            depend on the seed and its index only, not on who shares its batch. The model's own generation
-            config gives end tokens and nothing else: no penalty, no top-k.
+        temperature, top_p, seed: of sampling; temperature 0 is greedy. The model's own generation config
+            gives end tokens and nothing else: no penalty, no top-k.
+        numbers: of the conversations, by default 0, 1, ...; what is drawn for one depends on the seed and its
+            number only, not on who shares its batch.
         on_result: called with (index, response) as soon as an answer is finished, in any order.
         progress: title of the progress line, or None for silence.
 
@@ -85,22 +87,26 @@ def generate_responses(
         one response per conversation, in their order.
 
     Raises:
-        UserError: no chat template, or a prompt that does not fit the model's context.
+        UserError: no chat template, a prompt that does not fit the model's context, or a temperature below 0.
         RunError: the device's memory is too small for the batch.
     """
+    if not temperature >= 0:
+        raise UserError(f"temperature {temperature} is out of range; use 0 for greedy or a number above.")
     prompts = [encode_prompt(tokenizer, item, enable_thinking) for item in conversations]
     check_lengths(model, prompts, max_new_tokens)
     end_ids = set(end_token_ids(tokenizer, model))
     responses: list[Response | None] = [None] * len(prompts)
 
     def uniforms(index: int) -> Tensor | None:
-        return uniform_stream(seed, index, max_new_tokens) if temperature > 0 else None
+        if temperature == 0:
+            return None
+        return uniform_stream(seed, index if numbers is None else numbers[index], max_new_tokens)
 
     def choose(logits_NV: Tensor, rows: list[_Row]) -> list[int]:
         """The token that follows each position of each row's new tokens."""
         if temperature == 0:
             return greedy_tokens(logits_NV).tolist()
-        numbers = torch.cat(
+        drawn = torch.cat(
             [
                 row.uniforms[len(row.tokens) : len(row.tokens) + 1 + len(row.guess)]
                 for row in rows
@@ -108,7 +114,7 @@ def generate_responses(
             ]
         )
         return sample_tokens(
-            logits_NV, numbers.to(logits_NV.device), temperature=temperature, top_p=top_p
+            logits_NV, drawn.to(logits_NV.device), temperature=temperature, top_p=top_p
         ).tolist()
 
     def accept(row: _Row, chosen: list[int]) -> int:

@@ -41,6 +41,7 @@ class Writer(Protocol):
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
         on_result: Callable[[int, Response], None] | None = None,
         progress: str | None = "generate",
     ) -> list[Response]: ...
@@ -124,6 +125,7 @@ class _Vllm:
         temperature: float = 0.0,
         top_p: float = 1.0,
         seed: int = 0,
+        numbers: Sequence[int] | None = None,
         on_result: Callable[[int, Response], None] | None = None,
         progress: str | None = "generate",
     ) -> list[Response]:
@@ -143,10 +145,10 @@ class _Vllm:
                 top_p=top_p if temperature > 0 else 1.0,
                 max_tokens=max_new_tokens,
                 stop_token_ids=self._end_ids,
-                seed=(seed * 1_000_003 + index) % (1 << 63) if temperature > 0 else None,
+                seed=(seed * 1_000_003 + number) % (1 << 63) if temperature > 0 else None,
                 detokenize=False,
             )
-            for index in range(len(prompts))
+            for number in (range(len(prompts)) if numbers is None else numbers)
         ]
         responses: list[Response] = []
         for begin in range(0, len(prompts), _CHUNK):  # what is finished reaches the caller chunk by chunk

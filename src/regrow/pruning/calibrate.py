@@ -119,7 +119,7 @@ def calibrate(
         tokenizer, corpora, max_length=sequence_length, enable_thinking=enable_thinking, seed=seed
     )
     share = choose_rows(
-        corpus.rows, num_tokens, held_out_fraction if correlations else 0.0, seed, _widest(sites)
+        corpus.first_pass, num_tokens, held_out_fraction if correlations else 0.0, seed, _widest(sites)
     )
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     lengths = [len(row.input_ids) for row in share.rows]

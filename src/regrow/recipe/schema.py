@@ -1,5 +1,6 @@
 """The keys of a recipe. Unknown ones are refused: a typing error must not leave a default in force."""
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -110,6 +111,18 @@ def contradiction(section: Any) -> str | None:
             "rollout_engine: vllm has nothing to write; set on_policy_fraction or select_by: development, or "
             "leave it out"
         )
+    return None
+
+
+def sampling_contradiction(temperature: float, top_p: float, repeats: int) -> str | None:
+    """What settings of sampled answers cannot mean, as a sentence, or None."""
+    if not 0 <= temperature < math.inf:
+        return f"temperature {temperature} is out of range; use 0 for greedy answers or a number above"
+    if not 0 < top_p <= 1:
+        return f"top_p {top_p} is out of range; use a share above 0, e.g. 0.95"
+    if temperature == 0 and (repeats > 1 or top_p < 1):
+        asked = f"repeats {repeats}" if repeats > 1 else f"top_p {top_p:g}"
+        return f"{asked} needs sampled answers, and those at temperature 0 are greedy; set one, e.g. 0.7"
     return None
 
 
@@ -263,10 +276,9 @@ class IfevalOptions(Section):
 
     @model_validator(mode="after")
     def _repeats_are_sampled(self) -> "IfevalOptions":
-        if self.repeats > 1 and self.temperature == 0:
-            raise ValueError(
-                "greedy answers are all the same: set a temperature, e.g. 0.7, for repeats above 1"
-            )
+        problem = sampling_contradiction(self.temperature, self.top_p, self.repeats)
+        if problem:
+            raise ValueError(problem)
         return self
 
 

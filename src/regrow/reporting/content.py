@@ -81,7 +81,9 @@ def comparison_sentence(facts: Facts) -> str:
         text += f" (McNemar p = {figure(p, 2)})." if p is not None else "."
     needed = number(section(section(found, "needed"), "if_no_difference"), "prompts")
     if needed:
-        text += f" About {count(needed)} prompts would settle it if there is no difference."
+        answers = number(found, "num_repeats") or 1
+        each = f" with {count(answers)} answers each" if answers > 1 else ""
+        text += f" About {count(needed)} prompts{each} would settle it if there is no difference."
     return text
 
 

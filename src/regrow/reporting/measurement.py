@@ -71,7 +71,10 @@ def _ifeval_setting(facts: Facts) -> str:
 def _sampling(figures: dict[str, Any], options: dict[str, Any]) -> str:
     answers = ifeval_repeats(figures)
     words = "sampled" if answers == 1 else f"{count(answers)} sampled answers to each"
-    return f"{words} at temperature {number(options, 'temperature') or 1:g}"
+    return (
+        f"{words} at temperature {number(options, 'temperature') or 1:g} and top-p "
+        f"{number(options, 'top_p') or 1:g}"
+    )
 
 
 def _where(settings: dict[str, Any]) -> list[str]:

@@ -117,7 +117,8 @@ def draw_plots(facts: Facts) -> list[Plot]:
         Plot(
             f"{task} by type of instruction",
             _types_plot(facts),
-            "Strict. 95 % Wilson intervals: single types are few prompts, so most differences prove nothing.",
+            "Strict; bars, where there are any, are 95 % Wilson intervals. Single types are few prompts, so "
+            "most differences prove nothing.",
         ),
         Plot(
             "Training loss", _loss_plot(facts), "As logged: mean divergence per token since the last entry."

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from regrow.reporting.facts import Facts, by_type, entries, number, section
+from regrow.reporting.facts import Facts, by_type, entries, ifeval_repeats, number, section
 from regrow.reporting.steps import STEP_OF_STAGE
 from regrow.reporting.table import NOT_MEASURED, Table, label_of
 from regrow.reporting.text import (
@@ -156,6 +156,7 @@ def data_table(facts: Facts) -> Table:
                 continue
             found = _recorded_corpus(facts, corpus)
             num_rows, num_tokens = number(found, "num_rows"), number(found, "num_tokens")
+            passes = number(found, "passes") if purpose == use else None
             rows.append(
                 (
                     facts.text_name(corpus["source"]),
@@ -164,10 +165,11 @@ def data_table(facts: Facts) -> Table:
                     f"{number(corpus, 'weight') or 1:g}",
                     count(num_rows) if num_rows is not None else "",
                     count(num_tokens) if num_tokens is not None else "",
+                    f"{passes:g}" if passes is not None else "",
                     one_line(found.get("hash") or "")[:12],
                 )
             )
-    header = ("Corpus", "Split", "Used for", "Weight", "Rows", "Tokens", "Hash")
+    header = ("Corpus", "Split", "Used for", "Weight", "Rows", "Tokens", "Passes", "Hash")
     return _without_empty(Table(header, tuple(rows)))
 
 
@@ -218,15 +220,17 @@ def types_table(facts: Facts) -> Table:
     """IFEval by type of instruction: teacher and published model, strict, with intervals."""
     models = [m for m in (facts.teacher, facts.student) if m is not None and by_type(m.ifeval)]
     found = [by_type(model.ifeval) for model in models]
+    repeats = max((ifeval_repeats(model.ifeval) for model in models), default=1)
     names = sorted({name for shares in found for name in shares})
     rows = []
     for name in names:
         shares = [one.get(name) for one in found]
         num = next((share.num for share in shares if share), None)
         cells = [share_with_interval(share) if share else NOT_MEASURED for share in shares]
-        rows.append((one_line(name), count(num), *cells))
+        rows.append((one_line(name), count(num / repeats if num else num), *cells))
     header = ("Instruction", "Count", *(label_of(model.name) for model in models))
-    return Table(header, tuple(rows), "Strict; 95 % Wilson intervals. Single types are small samples.")
+    certainty = "95 % Wilson intervals" if repeats == 1 else f"means of {repeats} answers to each prompt"
+    return Table(header, tuple(rows), f"Strict; {certainty}. Single types are small samples.")
 
 
 def parts_table(facts: Facts) -> Table:

@@ -155,8 +155,7 @@ def run_training(
 
     per_step = args.gradient_accumulation_steps * args.world_size
     plan = plan_run(
-        rows,
-        corpus.one_pass,
+        corpus,
         batch_tokens=settings.batch_tokens,
         seed=settings.seed,
         num_batches=record.micro_batches + (settings.max_steps - record.step) * per_step,
@@ -280,8 +279,8 @@ def run_training(
         "trainable_parameters": trainer.num_trainable,
         "world_size": args.world_size,
         "device": args.device.type,
-        "corpora": corpus.sources(row for batch in plan for row in batch),
-        "held_out_corpus": held.sources(range(num_held))[0],
+        "corpora": corpus.sources(row for batch in plan[: record.micro_batches] for row in batch),
+        "held_out_corpus": held.sources(range(len(held.rows)))[0],
         "hyperparameters": {**method.options, **asdict(settings)},
         "notes": notes,
     }

@@ -164,7 +164,7 @@ def run_post(
         "peak_memory_bytes": peak_memory_bytes(device),
         "trainable_parameters": sum(p.numel() for p in module.parameters() if p.requires_grad),
         "device": device.type,
-        "held_out_corpus": held.sources(range(num_held))[0],
+        "held_out_corpus": held.sources(range(len(held.rows)))[0],
         "hyperparameters": {**asdict(settings), **method.options},
         **data.report,
         "notes": [*data.notes, *held.notes, *adapter_notes, choice],

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from regrow.data.batches import pad_batch, plan_batches
+from regrow.data.blend import EncodedCorpus
 from regrow.data.templates import Encoded
 from regrow.types import Tokens
 
@@ -68,26 +69,14 @@ def collate(rows: Sequence[Encoded], tokens: Tokens, numbers: Sequence[int] = ()
 
 
 def plan_run(
-    rows: Sequence[Encoded],
-    one_pass: Callable[[int], Sequence[int]],
-    *,
-    batch_tokens: int,
-    seed: int,
-    num_batches: int,
+    corpus: EncodedCorpus, *, batch_tokens: int, seed: int, num_batches: int
 ) -> list[tuple[int, ...]]:
-    """The first `num_batches` micro-batches over as many passes as it takes, as row numbers.
-
-    Args:
-        rows: the corpus.
-        one_pass: the rows' numbers in a pass, as `EncodedCorpus.one_pass` gives them.
-        batch_tokens, seed: of `plan_batches`.
-        num_batches: of all processes together.
-    """
+    """The first `num_batches` micro-batches over as many passes as it takes, as row numbers."""
     plan: list[tuple[int, ...]] = []
     epoch = 0
     while len(plan) < num_batches:
-        numbers = one_pass(epoch)
-        lengths = [len(rows[number].input_ids) for number in numbers]
+        numbers = corpus.one_pass(epoch)
+        lengths = [len(corpus.rows[number].input_ids) for number in numbers]
         batches = plan_batches(lengths, batch_tokens=batch_tokens, seed=seed, epoch=epoch)
         plan += [tuple(numbers[index] for index in batch) for batch in batches]
         epoch += 1

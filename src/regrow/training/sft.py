@@ -119,8 +119,7 @@ def sft(
 def _data(corpus: EncodedCorpus, *, batch_tokens: int, settings: PostSettings) -> PostData:
     rows = corpus.rows
     plan = plan_run(
-        rows,
-        corpus.one_pass,
+        corpus,
         batch_tokens=batch_tokens,
         seed=settings.seed,
         num_batches=settings.max_steps * settings.gradient_accumulation_steps,

@@ -19,6 +19,16 @@ _THERE = 1
 _ROW = np.dtype([("crc", "<u4"), ("there", "<u4")])
 
 
+def _reserve(path: Path, places: Sequence[tuple[int, int]]) -> None:
+    """Claim bytes [begin, end): a full disk shows here, not as a bus error while the file is mapped."""
+    if not hasattr(os, "posix_fallocate"):
+        return
+    with open(path, "r+b") as file:
+        for begin, end in places:
+            if end > begin:
+                os.posix_fallocate(file.fileno(), begin, end - begin)
+
+
 class TokenStore:
     """Records of the tokens of numbered rows.
 
@@ -65,10 +75,20 @@ class TokenStore:
         row_bytes = max(len(self._offsets) - 1, 1) * _ROW.itemsize
         for name, size in (("records.bin", record_bytes), ("rows.bin", row_bytes)):
             with open(self.folder / name, "wb") as file:
-                if size and hasattr(os, "posix_fallocate"):
-                    os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows here, not as a bus error
                 file.truncate(size)
+        _reserve(self.folder / "rows.bin", [(0, row_bytes)])
         write_json(path, header)
+
+    def reserve(self, rows: Sequence[int]) -> None:
+        """Claim the disk space of these rows; the others take none.
+
+        Raises:
+            RunError: the disk is full.
+        """
+        size = self._dtype.itemsize
+        places = [(int(self._offsets[row]) * size, int(self._offsets[row + 1]) * size) for row in rows]
+        with disk_errors(self.folder):
+            _reserve(self.folder / "records.bin", places)
 
     def __contains__(self, row: int) -> bool:
         return bool(self._rows["there"][row] == _THERE)

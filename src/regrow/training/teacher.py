@@ -107,6 +107,7 @@ def fill_store(
     missing = set(store.missing([row for batch in plan for row in batch]))
     if not missing:
         return 0
+    store.reserve(sorted(missing))
     teacher = make_teacher()
     total = sum(len(rows[row].input_ids) for row in missing)
     with Progress("teacher", total, "tokens") as progress:

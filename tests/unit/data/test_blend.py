@@ -30,6 +30,7 @@ def test_shares_of_tokens_follow_the_weights(tokenizer, tmp_path):
     )
     numbers = blend.one_pass(0)
     assert numbers == list(range(159))
+    assert blend.first_pass == blend.rows[:159]
     sources = blend.sources(numbers)
     tokens = [source["num_tokens"] for source in sources]
     assert tokens[0] == 300
@@ -37,6 +38,28 @@ def test_shares_of_tokens_follow_the_weights(tokenizer, tmp_path):
     assert [source["num_rows"] for source in sources] == [30, 129]
     assert any("one pass takes 129 of 400 rows" in note for note in blend.notes)
     assert len(blend.rows) == 430
+    twice = blend.sources([*numbers, *numbers[:60]])
+    assert [source["num_rows"] for source in twice] == [30, 129]
+    assert sum(source["num_rows"] * source["passes"] for source in twice) == pytest.approx(219, abs=1)
+
+
+def test_hash_says_how_much_of_each_corpus_a_pass_takes(tokenizer, tmp_path):
+    small, large = (
+        corpus(tmp_path / name, texts) for name, texts in (("a.jsonl", ["aa"]), ("b.jsonl", ["bb", "cc"]))
+    )
+    same_rows = 0
+    for seed in range(30):
+        one, other = (
+            encode_corpora(
+                tokenizer, [(small, "train", 1.0, None), (large, "train", w, None)], max_length=9, seed=seed
+            )
+            for w in (1.0, 2.0)
+        )
+        assert [part.share for part in one.parts] == [1, 1]
+        assert [part.share for part in other.parts] == [1, 2]
+        same_rows += one.rows == other.rows
+        assert one.hash != other.hash
+    assert same_rows > 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -79,11 +102,11 @@ def test_rows_without_a_token_that_counts_are_left_out_with_a_note(tokenizer, tm
         specs.append((str(path), "train", 1.0, None))
     blend = encode_corpora(tokenizer, specs, max_length=60, tokens="response")
     assert [part.source["source"] for part in blend.parts] == [specs[0][0]]
-    words = "rows left out: no token of an answer within sequence_length, and tokens is response."
+    words = "rows left out: no token of an answer within sequence_length."
     noted = [note for note in blend.notes if "no token" in note]
     assert noted == [f"{specs[0][0]}: 1 of 2 {words}", f"{specs[1][0]}: 1 of 1 {words}"]
     assert len(encode_corpora(tokenizer, specs, max_length=60).rows) == 3
-    with pytest.raises(UserError, match="tokens is response"):
+    with pytest.raises(UserError, match=r"^No row of .*cut\.jsonl has .* use tokens: all\.$"):
         encode_corpora(tokenizer, specs[1:], max_length=60, tokens="response")
 
 

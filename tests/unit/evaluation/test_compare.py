@@ -103,10 +103,12 @@ def test_order_of_records_does_not_matter_and_seeds_repeat() -> None:
 
 
 def test_repeated_answers_are_clustered_by_prompt() -> None:
-    a = _result([T, T, T, T] * 60, repeats=4, do_sample=True)
-    b = _result(([T, T, T, T] * 5 + [F, F, F, F]) * 10, repeats=4, do_sample=True)
+    a = _result([T, T, T, T] * 60, repeats=4, temperature=0.7)
+    b = _result(([T, T, T, T] * 5 + [F, F, F, F]) * 10, repeats=4, temperature=0.7)
     found = compare_results(a, b)
-    assert found["num_prompts"] == 60
+    assert (found["num_prompts"], found["num_repeats"]) == (60, 4)
+    assert found["flips"]["prompts"] == {"lost": 10, "gained": 0}
+    assert "60 prompts, 4 answers each" in format_comparison(found)
     assert found["mcnemar_p"] == pytest.approx(2 / 2**10)  # ten prompts lost, not forty
     assert found["ci95"][1] - found["ci95"][0] > 0.15
 
@@ -118,7 +120,7 @@ def test_repeated_answers_are_clustered_by_prompt() -> None:
         ("chat_template_sha256", "c" * 64),
         ("enable_thinking", True),
         ("max_new_tokens", 1_280),
-        ("do_sample", True),
+        ("temperature", 0.7),
     ],
 )
 def test_runs_made_differently_are_refused_and_the_difference_named(setting: str, value: Any) -> None:

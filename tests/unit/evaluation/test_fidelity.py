@@ -108,6 +108,13 @@ def test_the_distillation_corpus_is_measured_beside(pair: tuple[Path, Path, str]
     assert figures["corpus"]["num_tokens"] < figures["num_tokens"]
 
 
+def test_of_several_corpora_one_pass_is_measured(pair: tuple[Path, Path, str]) -> None:
+    corpora = [(pair[2], "train", 1.0, None), (pair[2], "train", 1.0, 2)]
+    figures = _measure(pair, corpora=corpora).figures
+    whole = _measure(pair, corpora=corpora[:1]).figures
+    assert figures["corpus"]["num_rows"] < 2 + whole["corpus"]["num_rows"]
+
+
 def test_settings_name_what_the_figures_depend_on(pair: tuple[Path, Path, str]) -> None:
     first, second = _measure(pair).settings, _measure(pair, batch_size=2, seed=3).settings
     assert first == second

@@ -285,6 +285,25 @@ def test_too_few_tokens_are_refused_or_said(models: dict[str, Path], corpus: str
     assert any("1,000,000 tokens asked for" in note for note in report["notes"])
 
 
+def test_of_several_corpora_one_pass_is_counted(models: dict[str, Path], corpus: str, tmp_path: Path) -> None:
+    small = tmp_path / "small.jsonl"
+    small.write_text("\n".join(Path(corpus).read_text().splitlines()[:5]))
+    corpora = [(corpus, "train", 1.0, None), (str(small), "train", 1.0, None)]
+    options: dict[str, Any] = {
+        "sequence_length": LENGTH,
+        "batch_size": 4,
+        "dtype": "float32",
+        "device": "cpu",
+    }
+    report = calibrate(
+        model=models["llama"], corpora=corpora, out=tmp_path / "s", num_tokens=10**6, **options
+    )
+    large, few = (source["num_tokens"] for source in report["corpora"])
+    assert few <= large < few + LENGTH  # the weights hold, though the large one has twelve times the text
+    assert report["num_tokens"] + report["num_held_out_tokens"] == large + few
+    assert any("tokens asked for" in note for note in report["notes"])
+
+
 def test_options_that_do_not_exist_are_refused(models: dict[str, Path], corpus: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="in_memory"):
         run(models["llama"], corpus, tmp_path / "s", method="layerwise", fisher=True)

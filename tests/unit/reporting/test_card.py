@@ -123,7 +123,9 @@ def test_sampled_repeats_are_said_and_count_each_prompt_once(make_run):
             value["correct"], value["total"] = 4 * value["correct"], 4 * value["total"]
     _, card, _ = make_run(results)
     assert "IFEval: 541 prompts from" in card
-    assert "4 sampled answers to each at temperature 0.7, at most 512 new tokens" in card
+    assert "4 sampled answers to each at temperature 0.7 and top-p 1, at most 512 new tokens" in card
+    assert "Strict; means of 4 answers to each prompt." in card
+    assert "Wilson" not in card
 
 
 def test_text_that_the_parent_wrote_is_described_and_told_apart(make_run):

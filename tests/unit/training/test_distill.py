@@ -17,7 +17,7 @@ from regrow.training.record import what_is_wrong
 from regrow.training.rows import plan_run
 from regrow.training.teacher import LiveTeacher
 from regrow.training.trainer import DistillTrainer
-from training_case import QUICK, make_case, same_bytes, tensors_of
+from training_case import QUICK, make_case, same_bytes, tensors_of, write_conversations
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_one_step_of_sgd_is_the_naive_gradient_over_the_union_of_accumulated_bat
     tokenizer = load_tokenizer(case["student"])
     corpus = encode_corpora(tokenizer, case["corpora"], max_length=QUICK["sequence_length"], seed=0)
     rows = corpus.rows
-    plan = plan_run(rows, corpus.one_pass, batch_tokens=QUICK["batch_tokens"], seed=0, num_batches=3)
+    plan = plan_run(corpus, batch_tokens=QUICK["batch_tokens"], seed=0, num_batches=3)
     # The batches must differ in their numbers of counted tokens, or a mean of means would pass.
     assert len({sum(sum(rows[n].response_mask[1:]) for n in batch) for batch in plan}) > 1
     value, gradients = naive_gradients(case, plan, tokens, loss, temperature, label_weight)
@@ -102,6 +102,29 @@ def test_one_step_of_sgd_is_the_naive_gradient_over_the_union_of_accumulated_bat
         moved = (old.double() - after[name].double()) / rate
         expected = gradients[name]
         assert torch.linalg.vector_norm(moved - expected) <= 2e-3 * torch.linalg.vector_norm(expected), name
+
+
+def test_a_small_corpus_is_repeated_while_a_large_one_goes_on(tmp_path):
+    case = make_case(tmp_path)
+    small = tmp_path / "small.jsonl"
+    lost = ("x" * 60, "never reached")  # beyond sequence_length
+    write_conversations(small, [*((f"s{i}", "ba " * (1 + i)) for i in range(4)), lost])
+    case["corpora"] = [*case["corpora"], (str(small), "train", 1.0, None)]
+    found = {}
+    for mode in ("live", "cached"):
+        options = QUICK | {"max_steps": 8, "tokens": "response", "select_by": "last", "teacher_mode": mode}
+        found[mode] = distill(**case, out=tmp_path / mode, work_dir=tmp_path / f"{mode}.w", **options)
+    report = found["live"]
+    large, small_again = report["corpora"]
+    one_pass = next(note for note in report["notes"] if "one pass takes" in note)
+    share = int(one_pass.split("one pass takes ")[1].split()[0])
+    assert share < large["num_rows"] <= 30
+    assert large["passes"] == 1
+    assert small_again["num_rows"] == 4
+    assert small_again["passes"] >= 2
+    assert any("1 of 5 rows left out: no token of an answer" in note for note in report["notes"])
+    assert found["cached"]["corpora"] == report["corpora"]
+    assert found["cached"]["losses"][-1]["loss"] == pytest.approx(report["losses"][-1]["loss"], rel=1e-3)
 
 
 def test_training_helps_and_the_report_says_what_happened(case, tmp_path):

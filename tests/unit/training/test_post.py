@@ -56,7 +56,7 @@ def test_first_sft_loss_is_the_mean_over_the_steps_response_tokens(tmp_path, acc
     report = sft(**case, out=tmp_path / "out", work_dir=tmp_path / "work", batch_tokens=128, **options)
     corpus = encoded(case)
     rows = corpus.rows
-    plan = plan_run(rows, corpus.one_pass, batch_tokens=128, seed=0, num_batches=accumulation)
+    plan = plan_run(corpus, batch_tokens=128, seed=0, num_batches=accumulation)
     total, count = naive_sums(case["student"], [rows[row] for batch in plan for row in batch])
     assert report["losses"][0]["loss"] == pytest.approx(total / count, rel=1e-5)
     assert report["num_loss_tokens"] == count

@@ -3,12 +3,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
+from regrow.data.blend import EncodedCorpus, Part
 from regrow.data.templates import Encoded
 from regrow.training.rows import RunBatches, collate, only_item, plan_held_out, plan_run
 
 
 def row(length, response=()):
     return Encoded(list(range(1, length + 1)), [index in response for index in range(length)])
+
+
+def corpus_of(rows, *shares):
+    """A blend of two corpora: the even rows and the odd ones, of which a pass takes so many."""
+    numbers = [[n for n in range(len(rows)) if n % 2 == odd] for odd in (0, 1)]
+    parts = [Part({}, some, share) for some, share in zip(numbers, shares or map(len, numbers), strict=True)]
+    return EncodedCorpus(rows, [part for part in parts if part.numbers], "", [])
 
 
 def test_positions_predict_the_next_real_token():
@@ -37,15 +45,22 @@ def test_response_positions_start_one_before_the_response():
 )
 def test_plan_covers_every_row_once_per_epoch(lengths, batch_tokens, num_batches, seed):
     rows = [row(length) for length in lengths]
-    whole = lambda epoch: range(len(rows))  # noqa: E731
-    plan = plan_run(rows, whole, batch_tokens=batch_tokens, seed=seed, num_batches=num_batches)
+    corpus = corpus_of(rows)
+    plan = plan_run(corpus, batch_tokens=batch_tokens, seed=seed, num_batches=num_batches)
     assert len(plan) == num_batches
     flat = [number for batch in plan for number in batch]
     epoch = len(rows)
     for begin in range(0, len(flat) - epoch + 1, epoch):
         assert sorted(flat[begin : begin + epoch]) == list(range(epoch))
-    longer = plan_run(rows, whole, batch_tokens=batch_tokens, seed=seed, num_batches=num_batches + 5)
+    longer = plan_run(corpus, batch_tokens=batch_tokens, seed=seed, num_batches=num_batches + 5)
     assert longer[:num_batches] == plan
+
+
+def test_plan_follows_the_passes():
+    corpus = corpus_of([row(4) for _ in range(10)], 5, 2)  # even rows whole, two of the odd ones
+    plan = plan_run(corpus, batch_tokens=4, seed=0, num_batches=21)
+    passes = [sorted(number for (number,) in plan[begin : begin + 7]) for begin in (0, 7, 14)]
+    assert passes == [sorted([0, 2, 4, 6, 8, *odd]) for odd in ((1, 3), (5, 7), (9, 1))]
 
 
 @settings(max_examples=40, deadline=None)
@@ -64,7 +79,7 @@ def test_processes_share_the_plan_and_a_resume_goes_on_where_it_stopped(
     done = min(done, steps)
     consumed = done * accumulation * world
     total = consumed + (steps - done) * accumulation * resume_world
-    plan = plan_run(rows, lambda epoch: range(200), batch_tokens=16, seed=0, num_batches=total)
+    plan = plan_run(corpus_of(rows), batch_tokens=16, seed=0, num_batches=total)
     seen = []
     loaders = []
     for rank in range(resume_world):

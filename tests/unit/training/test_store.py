@@ -97,6 +97,16 @@ def test_reopened_store_knows_what_is_missing(tmp_path):
         again.read(0)
 
 
+def test_only_rows_that_are_reserved_take_space(tmp_path):
+    store = TokenStore(tmp_path / "s", IDENTITY, [100_000] * 20, DTYPE)
+    path = tmp_path / "s" / "records.bin"
+    assert path.stat().st_size == 2_000_000 * DTYPE.itemsize
+    assert path.stat().st_blocks * 512 < DTYPE.itemsize * 100_000
+    store.reserve([3, 11])
+    taken = path.stat().st_blocks * 512
+    assert 2 * 100_000 * DTYPE.itemsize <= taken < 3 * 100_000 * DTYPE.itemsize
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_damage_is_found_when_the_row_is_read(tmp_path, form):
     store = TokenStore(tmp_path / "s", IDENTITY, [3, 2], form.dtype)
