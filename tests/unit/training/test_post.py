@@ -14,7 +14,7 @@ from regrow.training import held_out, post_steps
 from regrow.training.dpo import dpo, plan_pairs
 from regrow.training.rows import plan_run
 from regrow.training.sft import labels_of, sft
-from training_case import make_case, preference_case, same_bytes, tensors_of
+from training_case import make_case, preference_case, same_bytes, tensors_of, write_conversations
 from vllm_stand_in import install_vllm
 
 QUICK = {
@@ -255,6 +255,15 @@ def test_what_cannot_be_is_said_in_one_sentence(tmp_path, monkeypatch):
             function(**case, **folders, **(QUICK if function is sft else DPO))
         assert "\n" not in str(caught.value)
     assert not folders["out"].exists()
+
+
+def test_sft_leaves_out_rows_whose_answer_is_cut_off_whole(tmp_path):
+    case = make_case(tmp_path)
+    write_conversations(tmp_path / "train.jsonl", [("q", "ab " * 3), ("x" * 60, "never reached")])
+    options = QUICK | {"max_steps": 1}
+    report = sft(**case, out=tmp_path / "out", work_dir=tmp_path / "work", **options)
+    assert report["corpora"][0]["num_rows"] == 1
+    assert any("1 of 2 rows left out: no token of an answer" in note for note in report["notes"])
 
 
 def test_labels_are_the_response_and_batches_of_pairs_are_full(tmp_path):
