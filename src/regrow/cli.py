@@ -355,6 +355,9 @@ def synthesize(
     constraint_share: Annotated[float, typer.Option(help="Share with checkable constraints.")] = 0.25,
     system_share: Annotated[float, typer.Option(help="Share with a system prompt.")] = 0.25,
     multi_turn_share: Annotated[float, typer.Option(help="Share with several turns.")] = 0.15,
+    style_share: Annotated[
+        float, typer.Option(help="Share of open tasks with a wish about the answer's manner.")
+    ] = 0.5,
     prompts: Annotated[str | None, typer.Option(help="Your own prompts: txt, jsonl or Hub id.")] = None,
     num_self_prompts: Annotated[
         int, typer.Option(min=0, help="User turns that the model writes itself.")
@@ -387,6 +390,7 @@ def synthesize(
         num_held_out=num_held_out,
         system_share=system_share,
         multi_turn_share=multi_turn_share,
+        style_share=style_share,
         prompts=prompts,
         num_self_prompts=num_self_prompts,
         keep_out=keep_out or (),

@@ -49,6 +49,7 @@ class Synthesize(Section):
     constraint_share: Fraction = 0.25
     system_share: Fraction = 0.25
     multi_turn_share: Fraction = 0.15
+    style_share: Fraction = 0.5
     prompts: str | None = None
     num_self_prompts: Annotated[int, Field(ge=0)] = 0
     keep_out: tuple[str, ...] = ()

@@ -71,6 +71,7 @@ def generate_prompts(
     constraint_share: float = 0.25,
     system_share: float = 0.25,
     multi_turn_share: float = 0.15,
+    style_share: float = 0.5,
 ) -> list[Prompt]:
     """Distinct prompts of the project's own, the same for the same arguments.
 
@@ -81,6 +82,7 @@ def generate_prompts(
         constraint_share: share of prompts with one to three verifiable constraints (exact up to rounding).
         system_share: probability of a system prompt.
         multi_turn_share: probability of a second user turn, for the tasks that have follow-ups.
+        style_share: probability of a wish about the answer's manner, for open tasks without constraints.
 
     Raises:
         UserError: a share is outside 0..1, or the material is too small for that many distinct prompts.
@@ -89,6 +91,7 @@ def generate_prompts(
         ("constraint_share", constraint_share),
         ("system_share", system_share),
         ("multi_turn_share", multi_turn_share),
+        ("style_share", style_share),
     ):
         if not 0 <= share <= 1:
             raise UserError(f"{name} is {share}; give a share between 0 and 1.")
@@ -105,7 +108,7 @@ def generate_prompts(
             if with_constraints:
                 prompt = _constrained_prompt(rng, material, split, system)
             else:
-                prompt = _free_prompt(rng, material, split, system, multi_turn_share)
+                prompt = _free_prompt(rng, material, split, system, multi_turn_share, style_share)
             key = normalise(prompt.turns[0])
             if key not in seen:
                 break
@@ -182,10 +185,17 @@ def normalise(text: str) -> str:
 
 
 def _free_prompt(
-    rng: random.Random, material: dict[str, Any], split: Split, system: str | None, multi_turn_share: float
+    rng: random.Random,
+    material: dict[str, Any],
+    split: Split,
+    system: str | None,
+    multi_turn_share: float,
+    style_share: float,
 ) -> Prompt:
     task = _draw_task(rng, material["tasks"])
     kind, text = fill(rng, task, material)
+    if task["open"] and style_share and rng.random() < style_share:
+        text = f"{text} {rng.choice(material['styles'])}"
     turns: tuple[str, ...] = (text,)
     follow_ups = material["follow_ups"].get(kind, material["follow_ups"]["any"] if task["open"] else [])
     if follow_ups and rng.random() < multi_turn_share:

@@ -38,6 +38,7 @@ def synthesize(
     constraint_share: float = 0.25,
     system_share: float = 0.25,
     multi_turn_share: float = 0.15,
+    style_share: float = 0.5,
     prompts: str | Path | None = None,
     prompts_split: str = "train",
     num_self_prompts: int = 0,
@@ -67,7 +68,7 @@ def synthesize(
         num_prompts: training prompts of the project's own, or the most that are taken from `prompts`.
         num_held_out: held-out prompts; by default 16 % of `num_prompts`.
         seed: seeds prompts, sampling and splits.
-        constraint_share, system_share, multi_turn_share: see `generate_prompts`.
+        constraint_share, system_share, multi_turn_share, style_share: see `generate_prompts`.
         prompts, prompts_split: take prompts from here instead (see `read_prompts`).
         num_self_prompts: in addition, user turns that the model is asked to write itself.
         keep_out: prompt files of further benchmarks, besides IFEval, whose prompts are left out.
@@ -100,6 +101,7 @@ def synthesize(
             constraint_share=constraint_share,
             system_share=system_share,
             multi_turn_share=multi_turn_share,
+            style_share=style_share,
         )
         own = generate(num_prompts) + generate(num_held_out, split="held_out")
     else:

@@ -42,16 +42,26 @@ def test_shares(train):
     assert sum(bool(prompt.instruction_ids) for prompt in train) == 750
     assert 0.2 < sum(prompt.system is not None for prompt in train) / 3000 < 0.3
     assert 0.05 < sum(len(prompt.turns) > 1 for prompt in train) / 3000 < 0.15
+    styles = tuple(load_material("train")["styles"])
+    free = [prompt for prompt in train if not prompt.instruction_ids]
+    assert (
+        0.3 < sum(prompt.turns[0].endswith(styles) for prompt in free) / len(free) < 0.5
+    )  # of the open ones half
+    plain = generate_prompts(400, seed=0, style_share=0.0)
+    assert not any(prompt.turns[0].endswith(styles) for prompt in plain)
     none = generate_prompts(40, seed=0, constraint_share=0.0, system_share=0.0, multi_turn_share=0.0)
     assert not any(prompt.instruction_ids or prompt.system or len(prompt.turns) > 1 for prompt in none)
     every = generate_prompts(40, seed=0, constraint_share=1.0)
     assert all(prompt.instruction_ids for prompt in every)
 
 
-def test_variety(train):
-    kinds = Counter(prompt.kind for prompt in train)
+@pytest.mark.parametrize("num_prompts", [3_000, 40_000])  # the recommended recipe asks for the latter
+def test_variety(train, num_prompts):
+    prompts = train if num_prompts == 3_000 else generate_prompts(num_prompts, seed=2)
+    assert len({normalise(prompt.turns[0]) for prompt in prompts}) == num_prompts
+    kinds = Counter(prompt.kind for prompt in prompts)
     assert len(kinds) >= 20
-    assert max(kinds.values()) < 0.2 * len(train)
+    assert max(kinds.values()) < 0.2 * num_prompts
     values = load_material("train")["slots"].values()
     assert sum(map(len, values)) > 500
 
