@@ -8,6 +8,7 @@ from regrow.modeling.sources import resolve_headers
 from regrow.needs import is_unwritten, unwritten
 from regrow.recipe import Corpus, Recipe
 from regrow.runner import (
+    check_folder,
     check_names,
     check_processes,
     check_stages,
@@ -15,7 +16,7 @@ from regrow.runner import (
     enabled_stages,
     plan_run,
 )
-from regrow.stages import MODEL_STAGES
+from regrow.stages import MODEL_STAGES, prepare_corpora
 
 
 def describe_run(
@@ -34,6 +35,7 @@ def describe_run(
         UserError: whatever the run itself would refuse at its start.
     """
     check_names(recipe, start, until)
+    check_folder(run_dir, recipe)
     shape = check_width(recipe, resolve_headers(recipe.model, recipe.revision))
     pruned = shape["pruned"]
     yield (
@@ -45,6 +47,7 @@ def describe_run(
         f"bytes: {shape['weight_bytes']:,} -> {pruned['weight_bytes']:,}"
     )
     yield from (f"note: {note}" for note in pruned.get("notes", []))
+    prepare_corpora(recipe, run_dir, None)
     for section in recipe.synthesize:
         state = "run" if section in unwritten(recipe) else "skip"
         yield f"synthesize {section.out} ({section.num_prompts:,} prompts): {state}"

@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -23,6 +24,27 @@ _NO_PLACE = (
     errno.EEXIST,
     errno.ENAMETOOLONG,
 )
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, other: str) -> Iterator[None]:
+    """Hold a folder for this process; the system releases the lock of a killed one.
+
+    Args:
+        folder: an existing folder; it gets a file `.lock`.
+        other: the sentence for a second process: who is there, and what to do.
+
+    Raises:
+        UserError: `other`.
+    """
+    with disk_errors(folder):
+        file = open(folder / ".lock", "w")  # noqa: SIM115 (closed below, whatever happens)
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(other) from None
+        yield
 
 
 def sha256_file(path: str | Path) -> str:

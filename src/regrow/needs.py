@@ -4,6 +4,7 @@ The checks raise `UserError` with what is missing; the rest are columns `also` o
 """
 
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,8 @@ def unwritten(recipe: Recipe) -> list[Synthesize]:
 
 def is_unwritten(corpus: Corpus, recipe: Recipe) -> bool:
     """Whether a corpus is one of those."""
-    return any(Path(corpus.source).is_relative_to(section.out) for section in unwritten(recipe))
+    source = Path(os.path.normpath(corpus.source))
+    return any(source.is_relative_to(os.path.normpath(section.out)) for section in unwritten(recipe))
 
 
 def _num_constrained(recipe: Recipe) -> float:
@@ -72,7 +74,8 @@ def _num_constrained(recipe: Recipe) -> float:
     from regrow.data.constrained import constrained_rows
 
     if any(is_unwritten(corpus, recipe) for corpus in recipe.corpora):
-        return math.inf
+        asked = any(section.constraint_share or section.prompts for section in unwritten(recipe))
+        return math.inf if asked else 0
     return len(constrained_rows([corpus.spec for corpus in recipe.corpora]))
 
 

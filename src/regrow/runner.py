@@ -6,11 +6,8 @@ fingerprint, the corpora's hashes, the manifests of the stages it read, regrow's
 manifest matches is skipped; one that does not is refused by the name of the field that differs.
 """
 
-import fcntl
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,13 +17,13 @@ import yaml
 from regrow import __version__
 from regrow.energy import measured_energy
 from regrow.errors import UserError
-from regrow.files import disk_errors, publish_folder, read_json, sha256_json, write_json
+from regrow.files import alone_in, disk_errors, publish_folder, read_json, sha256_json, write_json
 from regrow.launch import run_in_processes
 from regrow.needs import check_share, is_unwritten, unwritten
 from regrow.packages import require_engine
 from regrow.progress import say
 from regrow.recipe import Recipe, parse_recipe
-from regrow.stages import STAGES, Context, Stage, write_corpora
+from regrow.stages import STAGES, Context, Stage, prepare_corpora, write_corpora
 
 _PLACES = ("parent", "out", "work", "run_dir")
 _ABSENT = object()  # a key that one of two manifests lacks; null is a value
@@ -71,24 +68,27 @@ def run_recipe(
     from regrow.modeling.sources import resolve_model
 
     check_names(recipe, start, until)
-    _check_folder(run_dir, recipe)
+    check_folder(run_dir, recipe)
     parent = resolve_model(recipe.model, recipe.revision)
     check_width(recipe, parent)
     steps = plan_run(recipe, run_dir, start=start, until=until, processes=processes)
     check_processes(steps, recipe, processes)
     # All manifests before any work of a stage: a bad corpus or a mismatch is said now, not after hours.
-    if unwritten(recipe):
-        check_stages(steps, recipe)
-        _read_given(recipe)
-    write_corpora(recipe, parent)
     also = check_stages(steps, recipe)
+    prepare_corpora(recipe, run_dir, parent)
+    if unwritten(recipe):
+        _read_given(recipe)
+        _write_recipe(run_dir, recipe)
+        with alone_in(run_dir, _in_use(run_dir)):
+            write_corpora(recipe, parent)
+        also = check_stages(steps, recipe)  # now with the text
     manifests = _manifests(recipe, parent, [step.stage for step in steps], also)
     for step in steps:
         if step.action == "skip":
             _require_match(step, manifests[step.stage.name], run_dir)
     if not (run_dir / "recipe.yaml").exists():
         _write_recipe(run_dir, recipe)
-    with _locked(run_dir):
+    with alone_in(run_dir, _in_use(run_dir)):
         finished: dict[str, Path] = {}
         for step in steps:
             name = step.stage.name
@@ -322,8 +322,8 @@ def check_names(recipe: Recipe, start: str | None, until: str | None) -> None:
         raise UserError(f"--from {start} comes after --until {until}; swap them.")
 
 
-def _check_folder(run_dir: Path, recipe: Recipe) -> None:
-    """A run's folder must be new, empty, or hold a run of a recipe of the same name."""
+def check_folder(run_dir: Path, recipe: Recipe) -> None:
+    """Refuse a folder that is not new, empty, or that of a run of a recipe of the same name (UserError)."""
     marker = run_dir / "recipe.yaml"
     if run_dir.exists() and not run_dir.is_dir():
         raise UserError(f"{run_dir} is a file; name a folder with --out.")
@@ -338,21 +338,12 @@ def _check_folder(run_dir: Path, recipe: Recipe) -> None:
             )
 
 
+def _in_use(run_dir: Path) -> str:
+    return f"Another regrow run is using {run_dir}; wait for it or name another folder with --out."
+
+
 def _write_recipe(run_dir: Path, recipe: Recipe) -> None:
     text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
     with disk_errors(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "recipe.yaml").write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def _locked(run_dir: Path) -> Iterator[None]:
-    """Hold the run's folder; a lock of a killed process is released by the system."""
-    with open(run_dir / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(
-                f"Another regrow run is using {run_dir}; wait for it or name another folder with --out."
-            ) from None
-        yield

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from regrow.errors import UserError
 from regrow.files import publish_folder, write_json
 from regrow.needs import (
     check_dpo,
@@ -22,7 +23,7 @@ from regrow.needs import (
     constraints_of_sft,
     development_prompts,
 )
-from regrow.recipe import Recipe, apply_override, parse_recipe
+from regrow.recipe import Recipe, Synthesize, apply_override, parse_recipe
 from regrow.reporting.steps import STEPS
 
 
@@ -89,6 +90,27 @@ def needs_statistics(criterion: str, refit: bool) -> bool:
     return find_criterion(criterion).needs_statistics or refit
 
 
+def prepare_corpora(recipe: Recipe, run_dir: Path, parent: Path | None) -> None:
+    """Refuse now what `write_corpora` would refuse, perhaps after hours.
+
+    Args:
+        recipe, run_dir: of the run.
+        parent: the parent's folder; None where its weights are not there, and then finished text is not
+            compared with what is asked for.
+
+    Raises:
+        UserError: settings, prompts or folders do not fit.
+    """
+    from regrow.synthesis.synthesize import synthesize
+
+    for section in recipe.synthesize:
+        if run_dir.resolve().is_relative_to(Path(section.out).resolve()):
+            raise UserError(
+                f"synthesize.out {section.out} holds the run folder {run_dir}; name a folder of its own."
+            )
+        synthesize(model=parent, **_writing(section, recipe), check_only=True)
+
+
 def write_corpora(recipe: Recipe, parent: Path) -> None:
     """Have the parent write the text that the recipe asks for; what is finished already is left as it is.
 
@@ -99,16 +121,22 @@ def write_corpora(recipe: Recipe, parent: Path) -> None:
     from regrow.synthesis.synthesize import synthesize
 
     for section in recipe.synthesize:
-        options = section.model_dump()
-        seed = options.pop("seed")
         synthesize(
             model=parent,
-            **options | {"out": Path(section.out)},
-            seed=recipe.seed if seed is None else seed,
-            enable_thinking=recipe.enable_thinking,
+            **_writing(section, recipe),
             device=recipe.device,
             trust_remote_code=recipe.trust_remote_code,
         )
+
+
+def _writing(section: Synthesize, recipe: Recipe) -> dict[str, Any]:
+    """What `synthesize` is asked for by an entry of the recipe."""
+    options = section.model_dump()
+    return options | {
+        "out": Path(section.out),
+        "seed": recipe.seed if section.seed is None else section.seed,
+        "enable_thinking": recipe.enable_thinking,
+    }
 
 
 def _calibrate(context: Context) -> dict[str, Any]:

@@ -48,7 +48,8 @@ def parse_recipe(value: dict[str, Any], where: str) -> Recipe:
             problem = "is missing; add it"
         else:
             problem = first["msg"].removeprefix("Value error, ")
-            problem = f"{problem[0].lower()}{problem[1:]} (given: {first['input']!r:.80})"
+            given = "" if isinstance(first["input"], dict) else f" (given: {first['input']!r:.80})"
+            problem = f"{problem[0].lower()}{problem[1:]}{given}"
         more = f" ({error.error_count() - 1} more problems)" if error.error_count() > 1 else ""
         raise UserError(f"{where}: {key}: {problem}{more}.") from None
 

@@ -1,6 +1,7 @@
 """The keys of a recipe. Unknown ones are refused: a typing error must not leave a default in force."""
 
 import math
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -345,13 +346,22 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _written_text_is_read(self) -> "Recipe":
-        outs = [section.out for section in self.synthesize]
-        if len(set(outs)) < len(outs):
-            raise ValueError("two entries of synthesize have the same out: give each its own folder")
-        sources = [Path(corpus.source) for corpus in (*self.corpora, self.held_out)]
-        for out in outs:
-            if not any(source.is_relative_to(out) for source in sources):
+        corpora = [*self.corpora, self.held_out]
+        sources = [os.path.normpath(corpus.source) for corpus in corpora]
+        outs = [os.path.normpath(section.out) for section in self.synthesize]
+        for section, out in zip(self.synthesize, outs, strict=True):
+            if section.out.startswith("~") or out in ("", ".", "/"):
+                raise ValueError(f"synthesize.out {section.out!r} names no folder of its own: give its path")
+            if sum(Path(other).is_relative_to(out) for other in outs) > 1:
+                raise ValueError(f"two entries of synthesize write into {out}: give each its own folder")
+            files = {f"{out}/train.jsonl", f"{out}/held_out.jsonl"}
+            read = {source for source in sources if Path(source).is_relative_to(out)}
+            if not read:
                 raise ValueError(
                     f"nothing reads {out}, which synthesize writes: name {out}/train.jsonl in corpora"
                 )
+            if read - files:
+                raise ValueError(f"synthesize writes {' and '.join(sorted(files))}, not {min(read - files)}")
+            if section.num_held_out == 0 and f"{out}/held_out.jsonl" in read:
+                raise ValueError(f"{out}/held_out.jsonl is read and num_held_out is 0: raise it")
         return self

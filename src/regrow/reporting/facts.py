@@ -4,6 +4,7 @@ Everything that card, page and terminal show goes through here, so that a stage 
 benchmark that was not run leaves a gap instead of an error or an invented figure.
 """
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -121,8 +122,8 @@ class Facts:
 
     def text_name(self, source: Any) -> str:
         """Public name of a corpus; of text that the parent wrote with its folder, as the files are alike."""
-        path = PurePosixPath(str(source))
-        for out in (PurePosixPath(str(entry["out"])) for entry in self.written_text):
+        path = PurePosixPath(os.path.normpath(str(source)))
+        for out in (PurePosixPath(os.path.normpath(str(entry["out"]))) for entry in self.written_text):
             if path.is_relative_to(out):
                 return one_line(f"{out.name}/{path.relative_to(out)}")
         return public_name(source)

@@ -97,10 +97,14 @@ def preprocessing(facts: Facts) -> list[str]:
 
 def _written(entry: dict[str, Any]) -> str:
     """What the parent was asked to write into one folder."""
-    prompts = number(entry, "num_prompts")
+    prompts, own = number(entry, "num_prompts"), number(entry, "num_self_prompts")
+    given = bool(entry.get("prompts"))
     words = f"{one_line(PurePosixPath(str(entry['out'])).name)}: the parent's own answers"
-    words += f" to {count(prompts)} prompts" if prompts else ""
-    if constrained := number(entry, "constraint_share"):
+    words += f" to {'up to ' if given else ''}{count(prompts)} prompts" if prompts else ""
+    words += " from a file" if given else ""
+    words += f" and {count(own)} that it wrote itself" if own else ""
+    constrained = None if given else number(entry, "constraint_share")
+    if constrained:
         tries = number(entry, "attempts") or 1
         words += f", {percent(constrained)} of them with constraints that a program checks"
         words += f" (the best of up to {count(tries)} tries" if tries > 1 else " (one try"

@@ -14,21 +14,27 @@ from regrow.synthesis.prompts import Prompt
 Row = dict[str, Any]
 
 
-def open_work(work: Path, settings: dict[str, Any]) -> None:
-    """Make the folder of work in progress, or check that it belongs to the same settings.
+_MANIFEST = "manifest.json"
+
+
+def check_work(work: Path, settings: dict[str, Any]) -> None:
+    """Refuse a folder of work in progress that belongs to something else; there may be none yet.
 
     Raises:
         UserError: it was begun with other settings (the first that differs is named), or is something else.
     """
-    manifest = work / "manifest.json"
-    if manifest.is_file():
-        require_same(read_json(manifest), settings, work)
-        return
-    if work.exists() and (not work.is_dir() or any(work.iterdir())):
+    if (work / _MANIFEST).is_file():
+        require_same(read_json(work / _MANIFEST), settings, work)
+    elif work.exists() and (not work.is_dir() or any(work.iterdir())):
         raise UserError(f"{work} is in the way and is no work of this command; move it.")
+
+
+def begin_work(work: Path, settings: dict[str, Any]) -> None:
+    """Make the folder of work in progress where there is none."""
     with disk_errors(work):
         work.mkdir(parents=True, exist_ok=True)
-        write_json(manifest, settings)
+        if not (work / _MANIFEST).is_file():
+            write_json(work / _MANIFEST, settings)
 
 
 def require_same(found: Any, settings: dict[str, Any], where: Path) -> None:

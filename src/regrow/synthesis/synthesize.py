@@ -1,5 +1,6 @@
 """`regrow synthesize`: a teacher writes a corpus, in blocks that survive an interruption."""
 
+import contextlib
 import json
 import random
 import shutil
@@ -12,11 +13,19 @@ from regrow.checkpoint.reader import CheckpointReader
 from regrow.data.constraints import require_checkers
 from regrow.data.health import corpus_health, corpus_statistics
 from regrow.errors import UserError
-from regrow.files import publish_folder, read_json, require_new_folder, sha256_file, sha256_json, write_json
+from regrow.files import (
+    alone_in,
+    publish_folder,
+    read_json,
+    require_new_folder,
+    sha256_file,
+    sha256_json,
+    write_json,
+)
 from regrow.packages import require_engine
 from regrow.progress import say
 from regrow.synthesis.answers import answer_block
-from regrow.synthesis.blocks import Row, open_work, require_same, run_blocks
+from regrow.synthesis.blocks import Row, begin_work, check_work, require_same, run_blocks
 from regrow.synthesis.decontaminate import decontaminate, decontaminate_ifeval
 from regrow.synthesis.prompts import Prompt, generate_prompts, make_prompt
 from regrow.synthesis.selection import CutOff, Violations, select_rows
@@ -30,7 +39,7 @@ _BATCHES_PER_BLOCK = 2
 
 def synthesize(
     *,
-    model: Path,
+    model: Path | None,
     out: Path,
     num_prompts: int = 1_500,
     num_held_out: int | None = None,
@@ -55,6 +64,7 @@ def synthesize(
     dtype: str = "bfloat16",
     engine: str = "transformers",
     trust_remote_code: bool = False,
+    check_only: bool = False,
 ) -> dict[str, Any]:
     """Have a model write conversations; `out` gets `train.jsonl`, `held_out.jsonl` and `report.json`.
 
@@ -63,7 +73,7 @@ def synthesize(
     in progress lies beside `out` in `<out>.work`; the same command continues it.
 
     Args:
-        model: folder of a chat model.
+        model: folder of a chat model; None, for `check_only`, where its weights are not there yet.
         out: folder to make.
         num_prompts: training prompts of the project's own, or the most that are taken from `prompts`.
         num_held_out: held-out prompts; by default 16 % of `num_prompts`.
@@ -81,17 +91,18 @@ def synthesize(
             `select_rows`).
         enable_thinking: passed to the chat template: the mode in which the model will be used.
         device, dtype, engine, trust_remote_code: see `open_writer`.
+        check_only: refuse what can be refused now, and write nothing.
 
     Returns:
         the report: settings, counts of everything left out, statistics of both splits.
 
     Raises:
-        UserError: bad settings, a folder with other work in it, no usable prompts or answers.
+        UserError: bad settings, a folder with other work in it or in which another process writes, no usable
+            prompts or answers.
     """
     if num_held_out is None:
         num_held_out = round(num_prompts * _HELD_OUT_SHARE)
     _check(num_prompts, num_held_out, num_self_prompts, max_new_tokens, batch_size, attempts)
-    require_engine(engine)
     if temperature < 0 or not 0 < top_p <= 1:
         raise UserError(f"temperature {temperature} or top_p {top_p} is out of range; try 0.7 and 0.95.")
     if prompts is None:
@@ -109,10 +120,9 @@ def synthesize(
         own = hold_out(own, min(num_held_out, len(own) // 2), seed=seed)
     benchmarks = [prompt for file in keep_out for prompt in read_prompts(file)]
     own, num_contaminated = _decontaminate(own, benchmarks)
-    require_checkers([kind for prompt in own for kind in prompt.instruction_ids])
     settings = {
         "schema": _SCHEMA,
-        "model": CheckpointReader(model).fingerprint(),
+        "model": CheckpointReader(model).fingerprint() if model is not None else None,
         "prompts": sha256_json([[prompt.split, prompt.id] for prompt in own]),
         "num_self_prompts": num_self_prompts,
         "benchmarks": sha256_json([prompt.id for prompt in benchmarks]),
@@ -131,12 +141,21 @@ def synthesize(
     out = Path(out)
     if (out / "report.json").is_file():
         report = read_json(out / "report.json")
-        require_same(report.get("settings"), settings, out)
-        say(f"{out} is finished already; nothing to do.")
+        if model is not None:
+            require_same(report.get("settings"), settings, out)
+        if not check_only:
+            say(f"{out} is finished already; nothing to do.")
         return report
+    require_engine(engine)
+    require_checkers([kind for prompt in own for kind in prompt.instruction_ids])
     require_new_folder(out)
     work = out.with_name(f"{out.name}.work")
-    open_work(work, settings)
+    if model is not None:
+        check_work(work, settings)
+    if check_only:
+        return {}
+    assert model is not None
+    begin_work(work, settings)
     teacher = Teacher(
         model,
         max_new_tokens=max_new_tokens,
@@ -147,52 +166,57 @@ def synthesize(
         engine=engine,
         trust_remote_code=trust_remote_code,
     )
-    written, written_counts = _self_written(teacher, work, num_self_prompts, benchmarks, seed)
-    asked = own + written
-    random.Random(f"order {seed}").shuffle(asked)  # so that what an interrupted job holds is a fair sample
-    rows = run_blocks(
-        asked,
-        work,
-        block_size=batch_size * _BATCHES_PER_BLOCK,
-        rows_of=lambda block, part: answer_block(
-            part,
-            teacher.answer,
-            block=block,
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
-            attempts=attempts,
-            model_name=model.name,
-        ),
-    )
-    kept, left_out = select_rows(rows, cut_off=cut_off, violations=violations)
-    train, held_out = _part(kept, "train"), _part(kept, "held_out")
-    if not train:
-        raise UserError(
-            f"None of the {len(rows)} answers can be used (left out: {left_out}); raise max_new_tokens."
+    alone = alone_in(work, f"Another regrow is writing {out}; wait for it or name another folder.")
+    with alone, contextlib.closing(teacher):
+        require_new_folder(out)  # another process may have finished it meanwhile
+        written, written_counts = _self_written(teacher, work, num_self_prompts, benchmarks, seed)
+        asked = own + written
+        random.Random(f"order {seed}").shuffle(
+            asked
+        )  # so that what an interrupted job holds is a fair sample
+        rows = run_blocks(
+            asked,
+            work,
+            block_size=batch_size * _BATCHES_PER_BLOCK,
+            rows_of=lambda block, part: answer_block(
+                part,
+                teacher.answer,
+                block=block,
+                seed=seed,
+                temperature=temperature,
+                top_p=top_p,
+                attempts=attempts,
+                model_name=model.name,
+            ),
         )
-    report = {
-        "settings": settings,
-        "counts": {
-            "prompts": len(asked),
-            "prompts_in_benchmarks": num_contaminated,
-            "self_prompts": written_counts,
-            "left_out": left_out,
-            "train": len(train),
-            "held_out": len(held_out),
-        },
-        "train": corpus_health(train),
-        "held_out": corpus_statistics(held_out),
-        "before_selection": corpus_statistics(rows),
-    }
-    for problem in report["train"]["problems"]:
-        say(f"Look at {out} before training on it: {problem}")
-    with publish_folder(out) as folder:
-        write_rows(folder / "train.jsonl", train)
-        write_rows(folder / "held_out.jsonl", held_out)
-        report["files"] = {name: sha256_file(folder / name) for name in ("train.jsonl", "held_out.jsonl")}
-        write_json(folder / "report.json", report)
-    shutil.rmtree(work)
+        kept, left_out = select_rows(rows, cut_off=cut_off, violations=violations)
+        train, held_out = _part(kept, "train"), _part(kept, "held_out")
+        if not train:
+            raise UserError(
+                f"None of the {len(rows)} answers can be used (left out: {left_out}); raise max_new_tokens."
+            )
+        report = {
+            "settings": settings,
+            "counts": {
+                "prompts": len(asked),
+                "prompts_in_benchmarks": num_contaminated,
+                "self_prompts": written_counts,
+                "left_out": left_out,
+                "train": len(train),
+                "held_out": len(held_out),
+            },
+            "train": corpus_health(train),
+            "held_out": corpus_statistics(held_out),
+            "before_selection": corpus_statistics(rows),
+        }
+        for problem in report["train"]["problems"]:
+            say(f"Look at {out} before training on it: {problem}")
+        with publish_folder(out) as folder:
+            write_rows(folder / "train.jsonl", train)
+            write_rows(folder / "held_out.jsonl", held_out)
+            report["files"] = {name: sha256_file(folder / name) for name in ("train.jsonl", "held_out.jsonl")}
+            write_json(folder / "report.json", report)
+        shutil.rmtree(work)
     return report
 
 

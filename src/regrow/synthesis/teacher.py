@@ -32,6 +32,11 @@ class Teacher:
         self._enable_thinking, self._dtype = enable_thinking, dtype
         self._device, self._engine = device, engine
 
+    def close(self) -> None:
+        """Give the model's memory back."""
+        if "_writer" in self.__dict__:  # it was needed
+            self._writer.close()
+
     @cached_property
     def _writer(self) -> Writer:
         return open_writer(

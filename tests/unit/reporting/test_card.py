@@ -132,7 +132,13 @@ def test_text_that_the_parent_wrote_is_described_and_told_apart(make_run):
     results = full_results()
     outs = ["/home/ada/text/chat", "/home/ada/text/followed"]
     results["recipe"]["synthesize"] = [
-        {"out": outs[0], "num_prompts": 40_000, "constraint_share": 0.0},
+        {
+            "out": outs[0],
+            "num_prompts": 40_000,
+            "constraint_share": 0.25,
+            "prompts": "p.txt",
+            "num_self_prompts": 70,
+        },
         {"out": outs[1], "num_prompts": 9_000, "constraint_share": 1.0, "attempts": 4, "violations": "drop"},
     ]
     names = [f"{out}/train.jsonl" for out in outs]
@@ -150,7 +156,10 @@ def test_text_that_the_parent_wrote_is_described_and_told_apart(make_run):
     assert [line.split("|")[1].strip() for line in lines] == ["chat/train.jsonl", "followed/train.jsonl"]
     assert "3,111" in lines[0]
     assert "222" in lines[1]
-    assert "- chat: the parent's own answers to 40,000 prompts. Left out:" in card
+    assert (
+        "- chat: the parent's own answers to up to 40,000 prompts from a file and 70 that it wrote itself. "
+        "Left out:" in card
+    )
     assert (
         "- followed: the parent's own answers to 9,000 prompts, 100.0 % of them with constraints that a "
         "program checks (the best of up to 4 tries; answers that miss one are left out)." in card

@@ -60,7 +60,22 @@ def test_published_recipe_has_the_published_settings():
         ({"finish": {"max_steps": 9, "on_policy_fraction": 0}}, ["on_policy_fraction", "0"]),
         ({"evaluate": {"benchmarks": ["mmlu"]}}, ["benchmarks", "mmlu"]),
         ({"synthesize": [{"out": "s"}]}, ["nothing reads s", "s/train.jsonl"]),
-        ({"synthesize": [{"out": "s"}] * 2, "held_out": {"source": "s/held_out.jsonl"}}, ["same out"]),
+        ({"synthesize": [{"out": "s"}] * 2, "held_out": {"source": "s/held_out.jsonl"}}, ["two entries"]),
+        (
+            {"synthesize": [{"out": "s"}, {"out": "./s/"}], "held_out": {"source": "s/held_out.jsonl"}},
+            ["two entries"],
+        ),
+        (
+            {"synthesize": [{"out": "s"}, {"out": "s/t"}], "held_out": {"source": "s/t/held_out.jsonl"}},
+            ["two entries", "s"],
+        ),
+        ({"synthesize": [{"out": "s"}], "held_out": {"source": "s"}}, ["s/held_out.jsonl", "not s"]),
+        ({"synthesize": [{"out": "s"}], "held_out": {"source": "s/trian.jsonl"}}, ["not s/trian.jsonl"]),
+        (
+            {"synthesize": [{"out": "s", "num_held_out": 0}], "held_out": {"source": "s/held_out.jsonl"}},
+            ["num_held_out is 0"],
+        ),
+        ({"synthesize": [{"out": "."}], "held_out": {"source": "held_out.jsonl"}}, ["no folder of its own"]),
         ({"synthesize": [{"out": "s", "prompt": "p"}]}, ["synthesize.0.prompt", "spelling"]),
         ({"evaluate": {"ifeval": {"repeats": 3}}}, ["evaluate.ifeval", "temperature", "repeats"]),
         ({"evaluate": {"ifeval": {"top_p": 0}}}, ["evaluate.ifeval.top_p", "0"]),

@@ -70,14 +70,19 @@ def test_runs_in_order_then_skips(calls, tmp_path):
 
 
 def test_text_is_written_by_the_parent_before_the_first_stage(calls, tmp_path, monkeypatch):
-    def write(*, model, out, **options):
+    def write(*, model, out, check_only=False, **options):
+        if check_only:
+            checked.append(out.name)
+            return
+        if fails:
+            raise RunError("The disk is full.")
         calls.log.append(f"write {out.name}")
         written.append((model, options))
         out.mkdir(exist_ok=True)
         for name in ("train.jsonl", "held_out.jsonl", "report.json"):
             (out / name).write_text('{"text": "abc"}')
 
-    written = []
+    written, checked, fails = [], [], []
     monkeypatch.setattr("regrow.synthesis.synthesize.synthesize", write)
     chat, other = tmp_path / "chat", tmp_path / "other"
     given = tmp_path / "given.jsonl"
@@ -92,7 +97,12 @@ def test_text_is_written_by_the_parent_before_the_first_stage(calls, tmp_path, m
         runner.run_recipe(recipe, tmp_path / "run")
     assert calls.log == []
     given.write_text('{"text": "abc"}')
+    fails.append(True)
+    with pytest.raises(RunError):
+        runner.run_recipe(recipe, tmp_path / "run")
+    fails.clear()  # and the same command goes on
     runner.run_recipe(recipe, tmp_path / "run")
+    assert checked == ["chat", "other"] * 3
     assert calls.log == ["write chat", "write other", "first", "second", "third"]
     assert [model for model, _ in written] == [Path("parent")] * 2
     seen = [{key: options[key] for key in ("seed", "attempts", "enable_thinking")} for _, options in written]
@@ -100,6 +110,15 @@ def test_text_is_written_by_the_parent_before_the_first_stage(calls, tmp_path, m
         {"seed": 3, "attempts": 1, "enable_thinking": False},
         {"seed": 7, "attempts": 4, "enable_thinking": False},
     ]
+
+
+def test_text_is_not_written_over_the_run(calls, tmp_path):
+    text = tmp_path / "text"
+    recipe = make_recipe(synthesize=[{"out": str(text)}], held_out={"source": f"{text}/held_out.jsonl"})
+    for run in (text, text / "run"):
+        with pytest.raises(UserError, match="holds the run folder"):
+            runner.run_recipe(recipe, run)
+    assert not text.exists()
 
 
 def test_what_an_entry_of_synthesize_says_is_what_the_function_takes():

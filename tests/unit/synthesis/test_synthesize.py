@@ -28,7 +28,7 @@ class StubTeacher:
     """Answers depend on the conversation, the seed and the place in the batch, as sampling does."""
 
     stop_after: int | None = None
-    num_calls = 0
+    num_calls = num_closed = 0
 
     def __init__(self, folder, **settings):
         self.settings = settings
@@ -41,6 +41,9 @@ class StubTeacher:
             Reply(f"The answer {decoding.seed} {place} is: {c[-1]['content'][:40]}.", 7, place % 5 != 4)
             for place, c in enumerate(conversations)
         ]
+
+    def close(self):
+        type(self).num_closed += 1
 
     def write_user_turns(self, count, *, seed):
         return [Reply(f"Question number {i % 30} about subject {i % 30}?", 5) for i in range(count)]
@@ -94,6 +97,40 @@ def test_files_and_report(model, tmp_path, stub):
     assert str(tmp_path) not in (tmp_path / "out" / "train.jsonl").read_text()
     examples = read_corpus(str(tmp_path / "out" / "train.jsonl"))
     assert [example.messages for example in examples] == [row["messages"] for row in train]
+
+
+def test_what_can_be_refused_at_once_is_refused_by_a_check_that_writes_nothing(model, tmp_path, stub):
+    assert run(model, tmp_path / "out", check_only=True) == {}
+    assert run(None, tmp_path / "out", check_only=True) == {}
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "file").touch()
+    for wrong, words in (
+        ({"out": tmp_path / "foreign"}, "foreign"),
+        ({"prompts": tmp_path / "none.txt"}, "none.txt"),
+        ({"num_prompts": 10**6, "style_share": 0.0}, "ask for fewer"),
+        ({"engine": "vllm"}, "vllm"),
+    ):
+        with pytest.raises(UserError, match=words):
+            run(model, **{"out": tmp_path / "out", "check_only": True} | wrong)
+    run(model, tmp_path / "out")
+    assert (stub.num_closed, run(model, tmp_path / "out", check_only=True)["counts"]["prompts"]) == (1, 70)
+    with pytest.raises(UserError, match="was made with max_new_tokens = 512, not 9"):
+        run(model, tmp_path / "out", check_only=True, max_new_tokens=9)
+
+
+def test_two_jobs_never_write_the_same_text(model, tmp_path, stub, monkeypatch):
+    def second(*arguments, **options):
+        with pytest.raises(UserError, match="Another regrow is writing"):
+            run(model, tmp_path / "out")
+        return real(*arguments, **options)
+
+    real = job.run_blocks
+    monkeypatch.setattr(job, "run_blocks", second)
+    run(model, tmp_path / "out")
+    monkeypatch.setattr(job, "run_blocks", real)
+    run(model, tmp_path / "alone")
+    assert rows_of(tmp_path / "out") == rows_of(tmp_path / "alone")
 
 
 def test_an_interrupted_job_ends_with_the_same_bytes(model, tmp_path, stub):
