@@ -15,28 +15,36 @@ _LEVELS = {"prompts": "prompt_level_strict", "instructions": "inst_level_strict"
 def count_flips(records_a: Sequence[Record], records_b: Sequence[Record]) -> dict[str, Any]:
     """What B lost and gained against A, strictly judged: prompts, instructions, and examples of prompts.
 
-    Of several answers to a prompt their successes are added up first, as McNemar's test does.
+    Of several answers to a prompt their successes are added up first, as McNemar's test does; an example
+    shows the first answer that changed the same way.
     """
     flips: dict[str, Any] = {}
     for level, metric in _LEVELS.items():
-        changes: Counter[tuple[Any, int]] = Counter()
-        for one, other in zip(records_a, records_b, strict=True):
-            pairs = zip(_items(one, metric), _items(other, metric), strict=True)
-            for position, (before, after) in enumerate(pairs):
-                changes[one["key"], position] += after - before
+        changes = _changes(records_a, records_b, metric)
         flips[level] = {
             "lost": sum(change < 0 for change in changes.values()),
             "gained": sum(change > 0 for change in changes.values()),
         }
-    flips["examples"] = {
-        way: [
-            _example(one, other)
-            for one, other in zip(records_a, records_b, strict=True)
-            if all(one["strict"]) is before and all(other["strict"]) is not before
-        ][:_EXAMPLES]
-        for way, before in (("lost", True), ("gained", False))
-    }
-    return flips
+    prompts = _changes(records_a, records_b, _LEVELS["prompts"])
+    examples: dict[str, dict[Any, dict[str, Any]]] = {"lost": {}, "gained": {}}
+    for one, other in zip(records_a, records_b, strict=True):
+        change = all(other["strict"]) - all(one["strict"])
+        if change * prompts[one["key"], 0] > 0:
+            examples["gained" if change > 0 else "lost"].setdefault(one["key"], _example(one, other))
+    return flips | {"examples": {way: list(found.values())[:_EXAMPLES] for way, found in examples.items()}}
+
+
+def _changes(
+    records_a: Sequence[Record], records_b: Sequence[Record], metric: str
+) -> Counter[tuple[Any, int]]:
+    """(prompt's key, item) -> successes of B less those of A."""
+    changes: Counter[tuple[Any, int]] = Counter()
+    for one, other in zip(records_a, records_b, strict=True):
+        for position, (before, after) in enumerate(
+            zip(_items(one, metric), _items(other, metric), strict=True)
+        ):
+            changes[one["key"], position] += after - before
+    return changes
 
 
 def tally_types(records_a: Sequence[Record], records_b: Sequence[Record]) -> dict[str, dict[str, int]]:
