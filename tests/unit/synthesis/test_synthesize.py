@@ -1,6 +1,7 @@
 """The whole job with a stub teacher, and once with a real (tiny) model."""
 
 import json
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -99,7 +100,10 @@ def test_files_and_report(model, tmp_path, stub):
     assert [example.messages for example in examples] == [row["messages"] for row in train]
 
 
-def test_what_can_be_refused_at_once_is_refused_by_a_check_that_writes_nothing(model, tmp_path, stub):
+def test_what_can_be_refused_at_once_is_refused_by_a_check_that_writes_nothing(
+    model, tmp_path, stub, monkeypatch
+):
+    monkeypatch.setitem(sys.modules, "vllm", None)
     assert run(model, tmp_path / "out", check_only=True) == {}
     assert run(None, tmp_path / "out", check_only=True) == {}
     assert list(tmp_path.iterdir()) == []
