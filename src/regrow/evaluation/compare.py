@@ -91,8 +91,7 @@ def compare_results(
         differences[name] = paired_difference(correct_a, correct_b, totals, seed=seed)
     chosen = differences[metric]
     verdict = judge(chosen.ci95, margin)
-    strict_a, _ = prompt_counts(records_a, "prompt_level_strict")
-    strict_b, _ = prompt_counts(records_b, "prompt_level_strict")
+    flips = count_flips(records_a, records_b)
     result: dict[str, Any] = {
         "verdict": verdict,
         "metric": metric,
@@ -103,8 +102,8 @@ def compare_results(
         "candidate_score": chosen.candidate,
         "difference": chosen.difference,
         "ci95": list(chosen.ci95),
-        "mcnemar_p": mcnemar_exact(int((strict_b < strict_a).sum()), int((strict_b > strict_a).sum())),
-        "flips": count_flips(records_a, records_b),
+        "mcnemar_p": mcnemar_exact(**flips["prompts"]),
+        "flips": flips,
         "metrics": {
             name: {
                 "baseline": found.baseline,

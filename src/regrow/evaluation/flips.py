@@ -18,18 +18,18 @@ def count_flips(records_a: Sequence[Record], records_b: Sequence[Record]) -> dic
     Of several answers to a prompt their successes are added up first, as McNemar's test does; an example
     shows the first answer that changed the same way.
     """
-    flips: dict[str, Any] = {}
-    for level, metric in _LEVELS.items():
-        changes = _changes(records_a, records_b, metric)
-        flips[level] = {
-            "lost": sum(change < 0 for change in changes.values()),
-            "gained": sum(change > 0 for change in changes.values()),
+    changes = {level: _changes(records_a, records_b, metric) for level, metric in _LEVELS.items()}
+    flips: dict[str, Any] = {
+        level: {
+            "lost": sum(change < 0 for change in found.values()),
+            "gained": sum(change > 0 for change in found.values()),
         }
-    prompts = _changes(records_a, records_b, _LEVELS["prompts"])
+        for level, found in changes.items()
+    }
     examples: dict[str, dict[Any, dict[str, Any]]] = {"lost": {}, "gained": {}}
     for one, other in zip(records_a, records_b, strict=True):
         change = all(other["strict"]) - all(one["strict"])
-        if change * prompts[one["key"], 0] > 0:
+        if change * changes["prompts"][one["key"], 0] > 0:
             examples["gained" if change > 0 else "lost"].setdefault(one["key"], _example(one, other))
     return flips | {"examples": {way: list(found.values())[:_EXAMPLES] for way, found in examples.items()}}
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from regrow.types import Tokens
+
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Engine = Literal["transformers", "vllm"]
@@ -168,7 +170,7 @@ class Training(Optimisation):
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
     temperature: Annotated[float, Field(gt=0)] = 1.0
     label_weight: Annotated[float, Field(ge=0)] = 0.0
-    tokens: Literal["all", "response"] = "all"
+    tokens: Tokens = "all"
     learning_rate: Annotated[float, Field(gt=0)] = 5e-5
     batch_tokens: Positive = 2_048
     gradient_accumulation_steps: Positive = 1
@@ -303,7 +305,7 @@ class Evaluate(Section):
     each_stage: bool = True
     batch_size: Positive = 8
     num_rows: Positive | None = None
-    tokens: Literal["all", "response"] = "all"
+    tokens: Tokens = "all"
     reuse: tuple[str, ...] = ()
     ifeval: IfevalOptions = IfevalOptions()
     latency: LatencyOptions = LatencyOptions()

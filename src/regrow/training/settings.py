@@ -5,6 +5,7 @@ from typing import Any, ClassVar, Literal
 
 from regrow.errors import UserError
 from regrow.recipe import Engine, contradiction
+from regrow.types import Tokens
 
 CorpusSpec = tuple[str, str, float, int | None]
 
@@ -137,7 +138,7 @@ class TrainingSettings(RunSettings):
     beta: float = 0.5
     temperature: float = 1.0
     label_weight: float = 0.0
-    tokens: Literal["all", "response"] = "all"
+    tokens: Tokens = "all"
     learning_rate: float = 5e-5
     batch_tokens: int = 2_048
     teacher_mode: Literal["live", "cached", "top_k", "sampled"] = "live"
